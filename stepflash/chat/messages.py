@@ -1,0 +1,115 @@
+"""Conversations and what comes out of them, as plain values.
+
+Every wire format decodes into `Conversation` and encodes from `Event`; nothing above or below needs to know
+the other side. No torch here, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call of a tool by the assistant; `arguments` is always an object, never a JSON string."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool that the model may call. `definition` is the whole object as the client sent it."""
+
+    definition: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self._function.get("name", ""))
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """JSON schema of the arguments; empty when the client gave none."""
+        return self._function.get("parameters") or {}
+
+    @property
+    def _function(self) -> Mapping[str, Any]:
+        inner = self.definition.get("function")
+        return inner if isinstance(inner, Mapping) else self.definition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message. `reasoning` is the thought before `content`; only assistants have it or `tool_calls`."""
+
+    role: Role
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What the model is asked to continue."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More text of the thought."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContentDelta:
+    """More text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A tool call begins. `index` counts the calls of this answer from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """More of the JSON text of the arguments; the fragments of one call join to one valid JSON object."""
+
+    index: int
+    fragment: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnd:
+    """A tool call is complete. `repaired` tells that the model's text was malformed and was mended."""
+
+    index: int
+    repaired: bool = False
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The answer is complete; always the last event, and there is exactly one."""
+
+    reason: FinishReason
+
+
+Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish

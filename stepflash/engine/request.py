@@ -1,0 +1,120 @@
+"""What goes into the engine and what comes out: token ids, never text.
+
+`SamplingParams` and `Request` are validated when they are made, so that nothing wrong reaches the engine
+thread. `Output` is one step's worth of news about a request; `RequestStats` says what it cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stepflash.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_DRAFT_DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 switch their filter off.
+    `logprobs` asks for that many alternatives beside each chosen token (0: the chosen one alone; None: none).
+    `draft_depth` None adapts the speculation depth, 0 switches speculation off; output is the same in law.
+    `max_tokens` None means up to the end of the context.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    draft_depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        else:
+            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "at least 0 and below 1"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("repetition_penalty", self.repetition_penalty > 0.0, "above 0"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("stop", all(self.stop), "non-empty strings"),
+            (
+                "draft_depth",
+                self.draft_depth is None or 0 <= self.draft_depth <= MAX_DRAFT_DEPTH,
+                f"between 0 and {MAX_DRAFT_DEPTH}",
+            ),
+        )
+        for name, holds, allowed in checks:
+            if not holds:
+                raise RequestError(f"{name} must be {allowed}, got {getattr(self, name)!r}", param=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to continue. `cut_points` are prompt lengths at which a cache snapshot is worth keeping."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    cut_points: tuple[int, ...] = ()
+    priority: int = 0
+    deadline_seconds: float | None = None
+    constraint: Any = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestStats:
+    """What a request cost. `num_accepted_tokens[k]` counts accepted drafts of MTP module k+1."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_steps: int = 0
+    num_drafted_tokens: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_DEPTH)
+    num_accepted_tokens: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_DEPTH)
+    num_preemptions: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of a generated token, and the best alternatives as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """News of one request after one step. The last one has a `finish_reason`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    stats: RequestStats | None = None
