@@ -1,0 +1,118 @@
+"""Tensors where they lie: a file region, how to turn it into numbers, and bounded reads.
+
+A `StoredTensor` is one parameter as a checkpoint holds it, whatever the format. Nothing is read before
+`fill` or `view` is called; `fill` goes through a buffer of a few MiB, so that loading never needs much more
+memory than the result. `view` is the same bytes mapped into memory, without a copy.
+"""
+
+import math
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepflash.errors import WeightsError
+
+CHUNK_BYTES = 8 << 20
+EXPANDED_CHUNK_BYTES = 1 << 20  # for formats that are decoded through several float32 temporaries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One parameter in a checkpoint.
+
+    Attributes:
+        name: the released name.
+        shape: row-major.
+        dtype_name: the format's own word: "BF16", "F8_E4M3", "Q4_K".
+        num_bytes: in the file, scales included.
+        origin: file and name in the file, for messages.
+        fill: writes the values into a contiguous CPU tensor of this shape and any float dtype.
+        view: the stored bytes as a tensor (copy on write), when they are a plain float dtype; else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype_name: str
+    num_bytes: int
+    origin: str
+    fill: Callable[[Tensor], None]
+    view: Callable[[], Tensor] | None = None
+    view_dtype: torch.dtype | None = None
+
+
+class TensorFile:
+    """A file of tensors: reads in chunks, or maps itself once for views."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def chunks(
+        self, offset: int, num_bytes: int, unit_bytes: int, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Tensor]:
+        """The region as uint8 tensors of whole units, about `chunk_bytes` each.
+
+        NOTE: each chunk reuses the same memory and is only valid until the next one.
+        """
+        buffer = bytearray(min(max(chunk_bytes // unit_bytes, 1) * unit_bytes, num_bytes))
+        if not buffer:
+            return
+        whole = torch.frombuffer(buffer, dtype=torch.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                remaining = num_bytes
+                while remaining:
+                    size = min(remaining, len(buffer))
+                    self._read_exactly(file.readinto, memoryview(buffer)[:size])
+                    yield whole[:size]
+                    remaining -= size
+        except OSError as error:
+            raise WeightsError(f"{self.path}: cannot read: {error.strerror or error}") from error
+
+    def _read_exactly(self, readinto: Callable[[memoryview], int | None], target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            count = readinto(target[done:])
+            if not count:
+                raise WeightsError(f"{self.path}: truncated while it was being read")
+            done += count
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The region as a tensor over the mapped file.
+
+        The map is private: writing to the tensor (training does) copies the touched pages and never changes
+        the file. The file must not be truncated or rewritten in place while the tensor lives.
+        """
+        with self._lock:
+            if self._map is None:
+                try:
+                    with self.path.open("rb") as file:
+                        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                except OSError as error:
+                    raise WeightsError(f"{self.path}: cannot map: {error.strerror or error}") from error
+        return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+
+def fill_plain(file: TensorFile, offset: int, dtype: torch.dtype, out: Tensor, minus: float = 0.0) -> None:
+    """Copy a region of plain floats into `out`, converting; `minus` is subtracted in float32 before rounding."""
+    flat = out.view(-1)
+    done = 0
+    for chunk in file.chunks(offset, flat.numel() * dtype.itemsize, dtype.itemsize):
+        values = chunk.view(dtype)
+        if minus:
+            values = values.float() - minus
+        flat[done : done + values.numel()].copy_(values)
+        done += values.numel()
+
+
+def shortened(items: list[str], limit: int = 5) -> str:
+    """`a, b, c and 12 more`: lists in messages stay on one readable line."""
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
