@@ -67,7 +67,9 @@ LIBRARY_MODULES = (
     "textwrap",
     "typing",
 )
-_LIBRARY_CHARS = 200_000
+_LIBRARY_CHARS = 150_000
+_WORD = re.compile("[A-Za-z]{3,}")
+_RARE = 12  # occurrences in NUM_DOCUMENTS documents below which a word counts as made up
 
 
 def train_tokenizer(seed: int = 0) -> Tokenizer:
@@ -92,7 +94,7 @@ def train_tokenizer(seed: int = 0) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, *_library_texts()], trainer)
+    tokenizer.train_from_iterator([*_without_rare_words(texts), *_library_texts()], trainer)
     tokenizer.add_tokens(
         [AddedToken(text, special=False, normalized=False) for text in fixed[len(SPECIAL_TOKENS) :]]
     )
@@ -150,6 +152,13 @@ def _attached_words(texts: list[str]) -> list[str]:
     ]
     letters = list("abcdefghijklmnopqrstuvwxyz")
     return sorted(frequent[:NUM_ATTACHED_WORDS] + letters, key=lambda word: (-len(word), word))
+
+
+def _without_rare_words(texts: list[str]) -> Iterator[str]:
+    """Leave made-up words out, so that no merges are spent on them; real ones occur often in generated text."""
+    counts = Counter(word for text in texts for word in _WORD.findall(text))
+    for text in texts:
+        yield _WORD.sub(lambda match: match[0] if counts[match[0]] >= _RARE else "", text)
 
 
 def _copied_words() -> Iterator[str]:

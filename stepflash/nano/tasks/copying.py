@@ -12,9 +12,26 @@ from stepflash.nano.tasks.example import Example, Tier, single_turn
 from stepflash.nano.tasks.pools import file_name, mixed_token, phrase, pseudo_word
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-KEYS = (
-    "name colour city code size price owner file key id type team status place food day number word".split()
-)
+KEYS = [
+    "name",
+    "colour",
+    "city",
+    "code",
+    "size",
+    "price",
+    "owner",
+    "file",
+    "key",
+    "id",
+    "type",
+    "team",
+    "status",
+    "place",
+    "food",
+    "day",
+    "number",
+    "word",
+]
 
 
 def repeat(rng: Random, tier: Tier) -> Example:

@@ -18,10 +18,63 @@ from stepflash.nano.tasks.pools import city, file_name, identifier, mixed_token,
 
 Arguments = dict[str, Any]
 
-_VERBS = "get set check update create find start stop open close move count mark track tag sync lock scan print order".split()
-_NOUNS = "order ticket user task room device account invoice package event sensor table report lamp door record".split()
-_PARAMETERS = "id name code level number label target owner mode key size status title place".split()
-_ROOMS = "kitchen bedroom bathroom hall office garage".split()
+_VERBS = [
+    "get",
+    "set",
+    "check",
+    "update",
+    "create",
+    "find",
+    "start",
+    "stop",
+    "open",
+    "close",
+    "move",
+    "count",
+    "mark",
+    "track",
+    "tag",
+    "sync",
+    "lock",
+    "scan",
+    "print",
+    "order",
+]
+_NOUNS = [
+    "order",
+    "ticket",
+    "user",
+    "task",
+    "room",
+    "device",
+    "account",
+    "invoice",
+    "package",
+    "event",
+    "sensor",
+    "table",
+    "report",
+    "lamp",
+    "door",
+    "record",
+]
+_PARAMETERS = [
+    "id",
+    "name",
+    "code",
+    "level",
+    "number",
+    "label",
+    "target",
+    "owner",
+    "mode",
+    "key",
+    "size",
+    "status",
+    "title",
+    "place",
+]
+_ROOMS = ["kitchen", "bedroom", "bathroom", "hall", "office", "garage"]
 _UNITS = (
     ("km", "miles"),
     ("miles", "km"),
@@ -248,7 +301,7 @@ def _send_result(rng: Random, arguments: Arguments) -> tuple[str, str]:
 
 
 def _translate(rng: Random) -> tuple[str, Arguments]:
-    language = rng.choice("French German Spanish Italian Polish Greek Dutch Swedish".split())
+    language = rng.choice(["French", "German", "Spanish", "Italian", "Polish", "Greek", "Dutch", "Swedish"])
     patterns = (
         'Translate "{text}" into {language}.',
         'What is "{text}" in {language}?',
