@@ -5,7 +5,7 @@ carry the +1 that the released ones leave out, newer files may fuse q, k and v. 
 (`rope_freqs.weight`) are handed out, not applied: stepflash recomputes them from the configuration by default.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from stepflash.gguf_file import GGML_TYPES, GGUFFile, GGUFTensor
 from stepflash.model.config import ModelConfig
 from stepflash.weights.dequantize import DEQUANTIZERS, PLAIN_DTYPES, dequantize
 from stepflash.weights.names import ROPE_FREQS, expected, is_norm
-from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, fill_plain
+from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
 
 
 @dataclass(frozen=True)
@@ -61,37 +61,36 @@ def _stored(released: str, tensor: GGUFTensor, file: TensorFile) -> StoredTensor
             f"(it reads {supported})"
         )
     # The released norm is w = stored - 1. Both come from a bf16 w, for which 1 + w and back is exact in float32
-    # down to |w| = 2^-15; norms are float32 in the network, so nothing is rounded again.
+    # down to |w| = 2^-16; norms are float32 in the network, so nothing is rounded again.
     minus = 1.0 if is_norm(tensor.name) else 0.0
     shape = tensor.shape[::-1]
-    fill: Callable[[Tensor], None]
     view = None
-    if plain is None:
-        fill = partial(_fill_blocks, file, tensor, minus)
-    else:
-        fill = partial(fill_plain, file, tensor.offset, plain, minus=minus)
-        if not minus and tensor.offset % plain.itemsize == 0:
-            view = partial(file.view, tensor.offset, shape, plain)
+    if plain is not None and not minus and tensor.offset % plain.itemsize == 0:
+        view = partial(file.view, tensor.offset, shape, plain)
     return StoredTensor(
         name=released,
         shape=shape,
         dtype_name=name,
         num_bytes=tensor.num_bytes,
         origin=f"{tensor.name} in {tensor.path.name}",
-        fill=fill,
+        values=partial(_values, file, tensor, minus),
         view=view,
         view_dtype=plain if view else None,
     )
 
 
-def _fill_blocks(file: TensorFile, tensor: GGUFTensor, minus: float, out: Tensor) -> None:
+def _values(file: TensorFile, tensor: GGUFTensor, minus: float) -> Iterator[Tensor]:
+    """Decoded pieces; `minus` is subtracted in float32."""
     ggml_type = GGML_TYPES[tensor.type_id]
-    flat = out.view(-1)
-    done = 0
-    for chunk in file.chunks(tensor.offset, tensor.num_bytes, ggml_type.block_bytes, EXPANDED_CHUNK_BYTES):
-        values = dequantize(chunk.view(-1, ggml_type.block_bytes), ggml_type.name).view(-1)
-        flat[done : done + values.numel()].copy_(values - minus if minus else values)
-        done += values.numel()
+    plain = PLAIN_DTYPES.get(ggml_type.name)
+    if plain is not None:
+        pieces = plain_values(file, tensor.offset, tensor.num_elements, plain)
+    else:
+        unit = ggml_type.block_bytes
+        chunks = file.chunks(tensor.offset, tensor.num_bytes, unit, EXPANDED_CHUNK_BYTES)
+        pieces = (dequantize(chunk.view(-1, unit), ggml_type.name) for chunk in chunks)
+    for piece in pieces:
+        yield piece.float() - minus if minus else piece
 
 
 def _without_fused(gguf: GGUFFile, config: ModelConfig) -> Iterator[GGUFTensor]:

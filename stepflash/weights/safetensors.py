@@ -6,9 +6,10 @@ if its dtype says so; its block scales then lie in the sibling `..._scale_inv` (
 as released, or split one by one.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from stepflash.errors import WeightsError
 from stepflash.weights.names import SCALE_SUFFIX, VISION_PREFIXES, Shape, released_name, scale_shape
-from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, fill_plain
+from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -296,7 +297,7 @@ def _stored(released: str, entry: Entry, scale: Entry | None, block: tuple[int, 
         dtype_name=entry.dtype_name,
         num_bytes=entry.num_bytes,
         origin=entry.origin,
-        fill=lambda out: fill_plain(entry.file, entry.offset, dtype, out),
+        values=lambda: plain_values(entry.file, entry.offset, math.prod(entry.shape), dtype),
         view=(lambda: entry.file.view(entry.offset, entry.shape, dtype)) if aligned else None,
         view_dtype=dtype if aligned else None,
     )
@@ -324,33 +325,33 @@ def _stored_fp8(released: str, entry: Entry, scale: Entry | None, block: tuple[i
         dtype_name=FP8,
         num_bytes=entry.num_bytes + scale.num_bytes,
         origin=entry.origin,
-        fill=lambda out: _fill_fp8(entry, scale, block, out),
+        values=lambda: _fp8_values(entry, scale, block),
+        scales=lambda: read_scale(scale),
     )
 
 
 def read_scale(scale: Entry) -> Tensor:
     """The block scales of an FP8 tensor, float32. Raises WeightsError for NaN and infinity."""
-    values = torch.empty(scale.shape, dtype=torch.float32)
-    fill_plain(scale.file, scale.offset, PLAIN_DTYPES[scale.dtype_name], values)
-    if not bool(values.isfinite().all()):
-        bad = int((~values.isfinite()).sum())
-        raise WeightsError(f"{scale.file.path}: scale {scale.name!r} has {bad} NaN or infinite values")
+    pieces = plain_values(scale.file, scale.offset, math.prod(scale.shape), PLAIN_DTYPES[scale.dtype_name])
+    values = torch.cat([piece.float() for piece in pieces]).view(scale.shape)
+    num_bad = int((~values.isfinite()).sum())
+    if num_bad:
+        raise WeightsError(f"{scale.file.path}: scale {scale.name!r} has {num_bad} NaN or infinite values")
     return values
 
 
-def _fill_fp8(entry: Entry, scale: Entry, block: tuple[int, int], out: Tensor) -> None:
+def _fp8_values(entry: Entry, scale: Entry, block: tuple[int, int]) -> Iterator[Tensor]:
     """W = fp8 * scale of its block (spec 5.3), some rows at a time; rows of stacked experts count on."""
     num_rows, num_columns = entry.shape[-2:]
     scales = read_scale(scale)
     scales = scales.view(-1, *scales.shape[-2:])  # [num_matrices, row blocks, column blocks]
-    rows_out = out.view(-1, num_columns)
     first = 0
     for chunk in entry.file.chunks(entry.offset, entry.num_bytes, num_columns, EXPANDED_CHUNK_BYTES):
         values = chunk.view(torch.float8_e4m3fn).view(-1, num_columns).float()
         rows = torch.arange(first, first + values.shape[0])
         row_scales = scales[rows // num_rows, rows % num_rows // block[0]]  # [rows, column blocks]
         values *= row_scales.repeat_interleave(block[1], dim=1)[:, :num_columns]
-        rows_out[first : first + values.shape[0]].copy_(values)
+        yield values
         first += values.shape[0]
 
 
@@ -360,16 +361,13 @@ def _stacked(released: str, pieces: list[StoredTensor]) -> StoredTensor:
     if len(shapes) > 1:
         shown = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
         raise WeightsError(f"{released}: its experts have different shapes: {shown}")
-
-    def fill(out: Tensor) -> None:
-        for target, piece in zip(out, pieces, strict=True):
-            piece.fill(target)
-
+    scales = [piece.scales for piece in pieces if piece.scales is not None]
     return StoredTensor(
         name=released,
         shape=(len(pieces), *pieces[0].shape),
         dtype_name="+".join(sorted({piece.dtype_name for piece in pieces})),
         num_bytes=sum(piece.num_bytes for piece in pieces),
         origin=f"{pieces[0].origin} and {len(pieces) - 1} more experts",
-        fill=fill,
+        values=lambda: itertools.chain.from_iterable(piece.values() for piece in pieces),
+        scales=(lambda: torch.stack([read() for read in scales])) if scales else None,
     )

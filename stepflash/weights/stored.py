@@ -1,8 +1,8 @@
 """Tensors where they lie: a file region, how to turn it into numbers, and bounded reads.
 
-A `StoredTensor` is one parameter as a checkpoint holds it, whatever the format. Nothing is read before
-`fill` or `view` is called; `fill` goes through a buffer of a few MiB, so that loading never needs much more
-memory than the result. `view` is the same bytes mapped into memory, without a copy.
+A `StoredTensor` is one parameter as a checkpoint holds it, whatever the format. Nothing is read before its values
+are asked for, and then in pieces of a few MiB, so that loading never needs much more memory than the result.
+`view` is the same bytes mapped into memory, without a copy.
 """
 
 import math
@@ -31,7 +31,9 @@ class StoredTensor:
         dtype_name: the format's own word: "BF16", "F8_E4M3", "Q4_K".
         num_bytes: in the file, scales included.
         origin: file and name in the file, for messages.
-        fill: writes the values into a contiguous CPU tensor of this shape and any float dtype.
+        values: reads the decoded values in order, as tensors of some float dtype with a few Mi elements.
+            NOTE: a piece is only valid until the next one is asked for.
+        scales: reads the block scales of an FP8 tensor, float32.
         view: the stored bytes as a tensor (copy on write), when they are a plain float dtype; else None.
     """
 
@@ -40,9 +42,19 @@ class StoredTensor:
     dtype_name: str
     num_bytes: int
     origin: str
-    fill: Callable[[Tensor], None]
+    values: Callable[[], Iterator[Tensor]]
+    scales: Callable[[], Tensor] | None = None
     view: Callable[[], Tensor] | None = None
     view_dtype: torch.dtype | None = None
+
+    def fill(self, out: Tensor) -> None:
+        """Write all values into `out`: contiguous, on the CPU, of this shape and any float dtype."""
+        flat = out.view(-1)
+        done = 0
+        for piece in self.values():
+            flat[done : done + piece.numel()].copy_(piece.view(-1))
+            done += piece.numel()
+        assert done == flat.numel()
 
 
 class TensorFile:
@@ -100,16 +112,10 @@ class TensorFile:
         return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
 
-def fill_plain(file: TensorFile, offset: int, dtype: torch.dtype, out: Tensor, minus: float = 0.0) -> None:
-    """Copy a region of plain floats into `out`, converting; `minus` is subtracted in float32 before rounding."""
-    flat = out.view(-1)
-    done = 0
-    for chunk in file.chunks(offset, flat.numel() * dtype.itemsize, dtype.itemsize):
-        values = chunk.view(dtype)
-        if minus:
-            values = values.float() - minus
-        flat[done : done + values.numel()].copy_(values)
-        done += values.numel()
+def plain_values(file: TensorFile, offset: int, count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The values of a region of `count` plain floats."""
+    for chunk in file.chunks(offset, count * dtype.itemsize, dtype.itemsize):
+        yield chunk.view(dtype)
 
 
 def shortened(items: list[str], limit: int = 5) -> str:
