@@ -11,14 +11,16 @@ import time
 from random import Random
 
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.nano.tasks import TASKS, Example, render, sample, training_example
+from stepflash.nano.tasks import TASKS, Example, Tier, render, sample, training_example
 from stepflash.nano.tokenizer_training import train_tokenizer
+
+TIERS: tuple[Tier, ...] = ("easy", "hard")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stepflash.nano.tasks", description=__doc__)
     parser.add_argument("task", nargs="?", choices=tuple(TASKS), help="show examples of this task")
-    parser.add_argument("--tier", choices=("easy", "hard"), default="easy")
+    parser.add_argument("--tier", choices=TIERS, default="easy")
     parser.add_argument("--count", type=int, default=5, help="examples to show (default 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -45,20 +47,19 @@ def _print_statistics(tokenizer: Tokenizer, rng: Random) -> None:
     )
     for name in TASKS:
         cells = []
-        for tier in ("easy", "hard"):
-            sizes = [_sizes(tokenizer, training_example(name, tier, rng)) for _ in range(200)]  # type: ignore[arg-type]
-            totals, answers = zip(*sizes, strict=True)
+        for tier in TIERS:
+            sizes = [_sizes(tokenizer, training_example(name, tier, rng)) for _ in range(200)]
+            totals, answers = [total for total, _ in sizes], [loss for _, loss in sizes]
             cells.append(f"{sum(totals) / 200:8.1f}{sum(answers) / 200:8.1f}{max(totals):8d}")
         print(f"{name:20}{''.join(cells)}")
     for progress in (0.0, 0.5, 1.0):
-        start, totals = time.perf_counter(), []
-        for _ in range(2000):
-            totals.append(_sizes(tokenizer, sample(rng, progress)))
-        seconds, tokens = time.perf_counter() - start, sum(total for total, _ in totals)
-        answer = sum(loss for _, loss in totals)
+        start = time.perf_counter()
+        sizes = [_sizes(tokenizer, sample(rng, progress)) for _ in range(2000)]
+        seconds, tokens = time.perf_counter() - start, sum(total for total, _ in sizes)
+        answer = sum(loss for _, loss in sizes)
         print(
             f"mixture at {progress:.1f}: {tokens / 2000:.1f} tokens a document, {answer / tokens:.0%} with loss, "
-            f"longest {max(totals)[0]}, {tokens / seconds:,.0f} tokens/s generated and encoded"
+            f"longest {max(sizes)[0]}, {tokens / seconds:,.0f} tokens/s generated and encoded"
         )
 
 

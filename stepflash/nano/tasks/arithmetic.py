@@ -208,15 +208,21 @@ def _tree(rng: Random, operations: int, limit: int) -> tuple[str, list[str], int
     too_large = operator == "*" and min(left, right) >= 100
     if left < 0 or right < 0 or too_large or (operator == "-" and left < right):
         return "", [], -1
-    if left_operations and (operator == "*" and not _is_product(left_text)):
+    if operator == "*" and _is_sum(left_text):
         left_text = f"({left_text})"
-    if operations - 1 - left_operations and (
-        operator == "*" or (operator == "-" and not _is_product(right_text))
-    ):
+    if _is_sum(
+        right_text
+    ):  # brackets even after `+`: a trace works from the left unless brackets say otherwise
         right_text = f"({right_text})"
     lines, value = operate(left, operator, right)
     return f"{left_text} {operator} {right_text}", [*left_lines, *right_lines, *lines], value
 
 
-def _is_product(text: str) -> bool:
-    return "+" not in text and "-" not in text
+def _is_sum(text: str) -> bool:
+    """Whether an operator `+` or `-` stands outside all brackets."""
+    depth = 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and character in "+-":
+            return True
+    return False

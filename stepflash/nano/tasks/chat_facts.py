@@ -5,6 +5,8 @@ One answer per intent, so that an answer can be checked exactly. A thought names
 
 from __future__ import annotations
 
+from stepflash.nano.tasks.pools import words
+
 # (thought, answer, phrasings)
 INTENTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
@@ -365,106 +367,29 @@ INTENTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
 )
 
-CAPITALS = dict(
-    pair.split(":")
-    for pair in [
-        "France:Paris",
-        "Germany:Berlin",
-        "Italy:Rome",
-        "Spain:Madrid",
-        "Austria:Vienna",
-        "Norway:Oslo",
-        "Japan:Tokyo",
-        "Egypt:Cairo",
-        "Peru:Lima",
-        "Canada:Ottawa",
-        "Ireland:Dublin",
-        "Portugal:Lisbon",
-        "Poland:Warsaw",
-        "Greece:Athens",
-        "Sweden:Stockholm",
-        "Denmark:Copenhagen",
-        "Finland:Helsinki",
-        "Belgium:Brussels",
-        "China:Beijing",
-        "Kenya:Nairobi",
-        "Cuba:Havana",
-        "Hungary:Budapest",
-        "Russia:Moscow",
-        "England:London",
-        "Switzerland:Bern",
-        "Turkey:Ankara",
-        "Brazil:Brasilia",
-        "Chile:Santiago",
-    ]
+
+def _pairs(text: str) -> dict[str, str]:
+    return dict(pair.split(":") for pair in words(text))
+
+
+CAPITALS = _pairs(
+    "France:Paris Germany:Berlin Italy:Rome Spain:Madrid Austria:Vienna Norway:Oslo Japan:Tokyo "
+    "Egypt:Cairo Peru:Lima Canada:Ottawa Ireland:Dublin Portugal:Lisbon Poland:Warsaw Greece:Athens "
+    "Sweden:Stockholm Denmark:Copenhagen Finland:Helsinki Belgium:Brussels China:Beijing "
+    "Kenya:Nairobi Cuba:Havana Hungary:Budapest Russia:Moscow England:London Switzerland:Bern "
+    "Turkey:Ankara Brazil:Brasilia Chile:Santiago"
 )
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in [
-        "hot:cold",
-        "big:small",
-        "up:down",
-        "fast:slow",
-        "day:night",
-        "old:young",
-        "good:bad",
-        "open:closed",
-        "full:empty",
-        "light:dark",
-        "hard:soft",
-        "long:short",
-        "high:low",
-        "rich:poor",
-        "happy:sad",
-        "wet:dry",
-        "left:right",
-        "early:late",
-        "strong:weak",
-        "near:far",
-        "black:white",
-        "clean:dirty",
-        "first:last",
-        "yes:no",
-        "start:end",
-        "love:hate",
-        "true:false",
-    ]
+OPPOSITES = _pairs(
+    "hot:cold big:small up:down fast:slow day:night old:young good:bad open:closed full:empty "
+    "light:dark hard:soft long:short high:low rich:poor happy:sad wet:dry left:right early:late "
+    "strong:weak near:far black:white clean:dirty first:last yes:no start:end love:hate true:false"
 )
-COLOUR_OF = dict(
-    pair.split(":")
-    for pair in [
-        "grass:green",
-        "snow:white",
-        "blood:red",
-        "coal:black",
-        "sky:blue",
-        "lemon:yellow",
-        "carrot:orange",
-        "milk:white",
-        "tomato:red",
-        "cherry:red",
-        "banana:yellow",
-        "chocolate:brown",
-        "plum:purple",
-        "sun:yellow",
-        "sea:blue",
-        "leaf:green",
-    ]
+COLOUR_OF = _pairs(
+    "grass:green snow:white blood:red coal:black sky:blue lemon:yellow carrot:orange milk:white "
+    "tomato:red cherry:red banana:yellow chocolate:brown plum:purple sun:yellow sea:blue leaf:green"
 )
-SOUNDS = dict(
-    pair.split(":")
-    for pair in [
-        "cat:meow",
-        "dog:woof",
-        "cow:moo",
-        "duck:quack",
-        "sheep:baa",
-        "pig:oink",
-        "lion:roar",
-        "bee:buzz",
-        "frog:croak",
-        "owl:hoot",
-    ]
+SOUNDS = _pairs(
+    "cat:meow dog:woof cow:moo duck:quack sheep:baa pig:oink lion:roar bee:buzz frog:croak owl:hoot"
 )
 NUMBERS_OF = {
     "days in a week": "7",

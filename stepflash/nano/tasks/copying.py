@@ -9,29 +9,10 @@ from __future__ import annotations
 from random import Random
 
 from stepflash.nano.tasks.example import Example, Tier, single_turn
-from stepflash.nano.tasks.pools import file_name, mixed_token, phrase, pseudo_word
+from stepflash.nano.tasks.pools import file_name, mixed_token, phrase, pseudo_word, words
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-KEYS = [
-    "name",
-    "colour",
-    "city",
-    "code",
-    "size",
-    "price",
-    "owner",
-    "file",
-    "key",
-    "id",
-    "type",
-    "team",
-    "status",
-    "place",
-    "food",
-    "day",
-    "number",
-    "word",
-]
+KEYS = words("name colour city code size price owner file key id type team status place food day number word")
 
 
 def repeat(rng: Random, tier: Tier) -> Example:

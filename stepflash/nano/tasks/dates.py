@@ -78,10 +78,10 @@ def days_between(rng: Random, tier: Tier) -> Example:
     """Days from one date to another: in one month (easy), in the same or the next month (hard)."""
     month = rng.choice((1, 3, 4, 5, 6, 7, 8, 9, 10, 11))  # February depends on the year
     length = calendar.monthrange(2025, month)[1]
-    first = rng.randint(1, length)
+    first = rng.randint(1, length - 1)
     name = MONTHS[month - 1]
     same = tier == "easy" or rng.random() < 0.3
-    second = rng.randint(first, length) if same else rng.randint(1, 28)
+    second = rng.randint(first + 1, length) if same else rng.randint(1, 28)
     other = name if same else MONTHS[month]
     start, end = (
         (f"{first} {name}", f"{second} {other}")

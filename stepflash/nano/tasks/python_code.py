@@ -177,6 +177,12 @@ def _contains(rng: Random, tier: Tier) -> Code:
     return f"{wanted} in {numbers}", [f"find {wanted}", *lines]
 
 
+def _relation(left: int, right: int) -> str:
+    if left == right:
+        return f"{left} equals {right}"
+    return f"{left} is {'less' if left < right else 'more'} than {right}"
+
+
 def _compare(rng: Random, tier: Tier) -> Code:
     limit = 20 if tier == "easy" else 999
     left, right = rng.randint(0, limit), rng.randint(0, limit)
@@ -248,10 +254,9 @@ def _branch(rng: Random, tier: Tier) -> Code:
     value, limit = rng.randint(0, 20), rng.randint(0, 20)
     comparison = rng.choice("<>")
     yes, no = rng.sample(("yes", "no", "big", "small", "red", "blue", "hot", "cold"), 2)
-    relation = "same" if value == limit else "less" if value < limit else "more"
     holds = value < limit if comparison == "<" else value > limit
     source = f'x = {value}\nif x {comparison} {limit}:\n    print("{yes}")\nelse:\n    print("{no}")'
-    return source, [f"{value} is {relation} {limit}", "if" if holds else "else"]
+    return source, [_relation(value, limit), "if" if holds else "else"]
 
 
 def _loop_print(rng: Random, tier: Tier) -> Code:

@@ -14,67 +14,28 @@ from typing import Any
 
 from stepflash.chat.messages import Tool
 from stepflash.nano.tasks.example import Tier
-from stepflash.nano.tasks.pools import city, file_name, identifier, mixed_token, person, phrase, pseudo_word
+from stepflash.nano.tasks.pools import (
+    city,
+    file_name,
+    identifier,
+    mixed_token,
+    person,
+    phrase,
+    pseudo_word,
+    words,
+)
 
 Arguments = dict[str, Any]
 
-_VERBS = [
-    "get",
-    "set",
-    "check",
-    "update",
-    "create",
-    "find",
-    "start",
-    "stop",
-    "open",
-    "close",
-    "move",
-    "count",
-    "mark",
-    "track",
-    "tag",
-    "sync",
-    "lock",
-    "scan",
-    "print",
-    "order",
-]
-_NOUNS = [
-    "order",
-    "ticket",
-    "user",
-    "task",
-    "room",
-    "device",
-    "account",
-    "invoice",
-    "package",
-    "event",
-    "sensor",
-    "table",
-    "report",
-    "lamp",
-    "door",
-    "record",
-]
-_PARAMETERS = [
-    "id",
-    "name",
-    "code",
-    "level",
-    "number",
-    "label",
-    "target",
-    "owner",
-    "mode",
-    "key",
-    "size",
-    "status",
-    "title",
-    "place",
-]
-_ROOMS = ["kitchen", "bedroom", "bathroom", "hall", "office", "garage"]
+_VERBS = words(
+    "get set check update create find start stop open close move count mark track tag sync lock "
+    "scan print order"
+)
+_NOUNS = words(
+    "order ticket user task room device account invoice package event sensor table report lamp door record"
+)
+_PARAMETERS = words("id name code level number label target owner mode key size status title place")
+_ROOMS = words("kitchen bedroom bathroom hall office garage")
 _UNITS = (
     ("km", "miles"),
     ("miles", "km"),
@@ -84,7 +45,43 @@ _UNITS = (
     ("cm", "inches"),
 )
 _CLASSES = ("economy", "business", "first")
+# Other names that people give to the same tools and parameters, so that names are read and not remembered.
+_TOOL_ALIASES = {
+    "calculator": words("calculate calc evaluate math"),
+    "read_file": words("file_read open_file cat read view_file"),
+    "write_file": words("file_write save_file write create_file"),
+    "get_weather": words("weather get_current_weather current_weather fetch_weather"),
+    "get_time": words("time current_time get_current_time clock"),
+    "list_files": words("ls list_dir list_directory dir"),
+    "search": words("web_search search_web google find"),
+    "send_message": words("send message send_text notify"),
+    "set_timer": words("timer start_timer create_timer"),
+    "run_python": words("python execute_python run_code exec"),
+    "convert_units": words("convert unit_converter"),
+    "translate": words("translate_text translator"),
+    "get_stock_price": words("stock_price stock quote"),
+    "switch_light": words("set_light light toggle_light"),
+    "play_music": words("play play_song"),
+    "book_flight": words("flight_booking reserve_flight"),
+    "delete_file": words("remove_file rm delete"),
+}
+_PARAMETER_ALIASES = {
+    "expression": words("formula expr input"),
+    "path": words("file file_path filename name"),
+    "content": words("text data contents"),
+    "city": words("location place town"),
+    "query": words("q text keywords"),
+    "recipient": words("to person receiver"),
+    "text": words("message body content"),
+    "minutes": words("duration time"),
+    "code": words("source script program"),
+    "language": words("target to target_language"),
+    "symbol": words("ticker share"),
+    "room": words("place location"),
+    "song": words("title name track"),
+}
 COPIED_WORDS = (
+    *(word for aliases in _PARAMETER_ALIASES.items() for word in (aliases[0], *aliases[1])),
     *_VERBS,
     *_NOUNS,
     *_PARAMETERS,
@@ -301,7 +298,7 @@ def _send_result(rng: Random, arguments: Arguments) -> tuple[str, str]:
 
 
 def _translate(rng: Random) -> tuple[str, Arguments]:
-    language = rng.choice(["French", "German", "Spanish", "Italian", "Polish", "Greek", "Dutch", "Swedish"])
+    language = rng.choice(words("French German Spanish Italian Polish Greek Dutch Swedish"))
     patterns = (
         'Translate "{text}" into {language}.',
         'What is "{text}" in {language}?',
@@ -468,6 +465,30 @@ FURTHER = (
 )
 
 
+def renamed(rng: Random, kind: Kind) -> Kind:
+    """The same tool under other names, of itself and of its parameters."""
+    definition = kind.tool.definition["function"]
+    properties = definition["parameters"]["properties"]
+    names = {key: rng.choice((key, *_PARAMETER_ALIASES.get(key, ()))) for key in properties}
+    if len(set(names.values())) < len(names):
+        return kind
+    original = {new: key for key, new in names.items()}
+    tool = define(
+        rng.choice((definition["name"], *_TOOL_ALIASES[definition["name"]])),
+        definition["description"],
+        {names[key]: schema for key, schema in properties.items()},
+    )
+
+    def request(rng: Random) -> tuple[str, Arguments]:
+        text, arguments = kind.request(rng)
+        return text, {names[key]: value for key, value in arguments.items()}
+
+    def result(rng: Random, arguments: Arguments) -> tuple[str, str]:
+        return kind.result(rng, {original[key]: value for key, value in arguments.items()})
+
+    return Kind(tool, request, result)
+
+
 def made_up(rng: Random, tier: Tier) -> Kind:
     """A tool that exists nowhere: a verb, a noun (often made up) and one or two (hard: three) random parameters."""
     verb = rng.choice(_VERBS) if rng.random() < 0.7 else pseudo_word(rng)
@@ -480,7 +501,7 @@ def made_up(rng: Random, tier: Tier) -> Kind:
     )
     types = {key: rng.choice(("string", "string", "integer")) for key in keys}
     name = rng.choice(("{}_{}", "{}_{}", "{}_{}", "{}-{}")).format(verb, noun)
-    description = f"{verb.capitalize()} a {noun}."
+    description = f"{verb.capitalize()} the {noun}."
     parameters: dict[str, Any] = {
         key: (kind, f"{key} of the {noun}") if rng.random() < 0.3 else kind for key, kind in types.items()
     }

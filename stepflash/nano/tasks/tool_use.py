@@ -19,6 +19,8 @@ from stepflash.nano.tasks.tool_catalog import (
     LIST_FILES,
     NATURAL,
     READ_FILE,
+    RUN_PYTHON,
+    SEARCH,
     TIME,
     WEATHER,
     WRITE_FILE,
@@ -27,21 +29,31 @@ from stepflash.nano.tasks.tool_catalog import (
     calculate,
     calculation,
     made_up,
+    renamed,
 )
+
+RENAMED_SHARE = 0.35  # natural tools that appear under other names than their usual ones
 
 
 def _natural(rng: Random, tier: Tier) -> Kind:
-    return rng.choice(NATURAL if tier == "easy" else (*NATURAL, *FURTHER))
+    kind = rng.choice(NATURAL if tier == "easy" else (*NATURAL, *FURTHER))
+    return renamed(rng, kind) if rng.random() < RENAMED_SHARE else kind
 
 
 def _listed(rng: Random, tier: Tier, *wanted: Kind, distractors: int | None = None) -> tuple[Tool, ...]:
     """The wanted tools among distractors with other names, in random order."""
     count = rng.randint(0, 2) if tier == "easy" else rng.randint(1, 3)
     tools = {kind.tool.name: kind.tool for kind in wanted}
+    descriptions = {kind.tool.definition["function"]["description"] for kind in wanted}
     size = len(tools) + (count if distractors is None else distractors)
     while len(tools) < size:
         kind = made_up(rng, tier) if rng.random() < 0.25 else rng.choice((*NATURAL, *FURTHER))
-        tools.setdefault(kind.tool.name, kind.tool)
+        if kind in NATURAL and rng.random() < RENAMED_SHARE:
+            kind = renamed(rng, kind)
+        description = kind.tool.definition["function"]["description"]
+        if description not in descriptions:  # the same tool under another name would fit as well
+            descriptions.add(description)
+            tools.setdefault(kind.tool.name, kind.tool)
     listed = list(tools.values())
     rng.shuffle(listed)
     return tuple(listed)
@@ -239,13 +251,15 @@ def _read_then_calculate(rng: Random, tier: Tier) -> Example:
     )
 
 
+_ABLE = {kind.tool.definition["function"]["description"] for kind in (CALCULATOR, RUN_PYTHON, SEARCH)}
+
+
 def tool_none(rng: Random, tier: Tier) -> Example:
     """No listed tool fits: answer directly."""
     plain = rng.choice((fact, small_talk, small_talk, add, multiply))(rng, "easy")
-    unfit = {CALCULATOR.tool.name, "run_python", "search"}
     while True:
         tools = _listed(rng, tier, distractors=rng.randint(1, 2) if tier == "easy" else rng.randint(2, 4))
-        if not unfit & {tool.name for tool in tools}:
+        if not _ABLE & {tool.definition["function"]["description"] for tool in tools}:
             break
     question, answer = plain.messages
     said = Message(role="assistant", content=answer.content, reasoning=f"no tool fits\n{answer.reasoning}")

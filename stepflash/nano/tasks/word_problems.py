@@ -153,14 +153,14 @@ def _compare(rng: Random, tier: Tier) -> Problem:
     kind = rng.randrange(3)
     if kind == 0:
         lines, value = operate(small, "+", gap)
-        text = f"{name} has {small} {things}. {friend} has {gap} more than {name}. How many {things} does {friend} have?"
+        text = f"{name} has {small} {things}. {friend} has {gap} more. How many {things} does {friend} have?"
         return text, ["more", *lines], value
     if kind == 1:
         lines, value = operate(small + gap, "-", gap)
         text = f"{name} has {small + gap} {things}. {friend} has {gap} fewer. How many {things} does {friend} have?"
         return text, ["fewer", *lines], value
     lines, value = operate(small + gap, "-", small)
-    text = f"{name} has {small + gap} {things} and {friend} has {small}. How many more does {name} have than {friend}?"
+    text = f"{name} has {small + gap} {things} and {friend} has {small}. How many more does {name} have?"
     return text, ["difference", *lines], value
 
 
