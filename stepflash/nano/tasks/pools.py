@@ -46,30 +46,27 @@ SPELLING = words(
     "coffee dragon engine flower guitar mirror pencil school ticket window butter carrot silver "
     "spring street hello happy green black white small sweet sleep tooth wheel"
 )
-PHRASES = tuple(
-    part.strip()
-    for part in [
-        "see you at noon",
-        "the meeting is at three",
-        "call me back",
-        "happy birthday",
-        "lunch is ready",
-        "the train is late",
-        "good luck",
-        "thank you for the help",
-        "I will be there soon",
-        "please bring the keys",
-        "the report is done",
-        "buy milk and eggs",
-        "we won the game",
-        "the shop is closed",
-        "do not forget the tickets",
-        "the door is open",
-        "dinner at eight",
-        "all tests pass",
-        "the server is down",
-        "see the new plan",
-    ]
+PHRASES = (
+    "see you at noon",
+    "the meeting is at three",
+    "call me back",
+    "happy birthday",
+    "lunch is ready",
+    "the train is late",
+    "good luck",
+    "thank you for the help",
+    "I will be there soon",
+    "please bring the keys",
+    "the report is done",
+    "buy milk and eggs",
+    "we won the game",
+    "the shop is closed",
+    "do not forget the tickets",
+    "the door is open",
+    "dinner at eight",
+    "all tests pass",
+    "the server is down",
+    "see the new plan",
 )
 STEMS = words(
     "notes report data plan list budget todo readme config log summary letter draft recipe table main test"

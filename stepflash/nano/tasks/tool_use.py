@@ -255,11 +255,13 @@ _ABLE = {kind.tool.definition["function"]["description"] for kind in (CALCULATOR
 
 
 def tool_none(rng: Random, tier: Tier) -> Example:
-    """No listed tool fits: answer directly."""
+    """No listed tool is needed: answer directly. Only a courtesy is certain not to need any tool at all."""
     plain = rng.choice((fact, small_talk, small_talk, add, multiply))(rng, "easy")
     while True:
         tools = _listed(rng, tier, distractors=rng.randint(1, 2) if tier == "easy" else rng.randint(2, 4))
-        if not _ABLE & {tool.definition["function"]["description"] for tool in tools}:
+        if plain.task == "small_talk" or not _ABLE & {
+            tool.definition["function"]["description"] for tool in tools
+        }:
             break
     question, answer = plain.messages
     said = Message(role="assistant", content=answer.content, reasoning=f"no tool fits\n{answer.reasoning}")
