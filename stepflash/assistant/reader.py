@@ -1,0 +1,178 @@
+"""Reads the answer to one prompt: token ids in, stream items out.
+
+Between engine outputs it keeps what is unfinished: half a UTF-8 character, text that may become a tag or a
+stop string, and the usage. Stop strings apply to the answer (`content`), not to the thought or to tool calls:
+a thought that happens to hold one must not end the request with an empty answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from stepflash.assistant.stream import Progress, StreamItem, Usage
+from stepflash.chat.messages import (
+    ContentDelta,
+    Event,
+    Finish,
+    FinishReason,
+    ReasoningDelta,
+    Tool,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from stepflash.chat.parser import OutputParser
+from stepflash.chat.tokenizer import Tokenizer
+from stepflash.engine.request import Output, Request, RequestStats
+from stepflash.errors import EngineError
+
+THINK_END = "</think>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A request ready to submit, and how to read its answer.
+
+    `parse` False takes the answer as plain content. `prefill` is text of the answer that the prompt
+    already contains. `max_tool_calls` ends the answer after that many calls.
+    """
+
+    request: Request
+    parse: bool = True
+    in_reasoning: bool = True
+    tools: tuple[Tool, ...] = ()
+    prefill: str = ""
+    max_tool_calls: int | None = None
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string; holds back what may become one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string was found (then nothing follows)."""
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held], False
+
+    def flush(self) -> str:
+        """What was held back, when no stop string can follow any more."""
+        held, self._held = self._held, ""
+        return held
+
+
+class PlainText:
+    """Stands in for the parser where the answer is text and nothing else."""
+
+    def push(self, text: str) -> list[Event]:
+        return [ContentDelta(text)] if text else []
+
+    def finish(self, reason: FinishReason) -> list[Event]:
+        return [Finish(reason)]
+
+
+class AnswerReader:
+    """State of one answer between engine outputs: text, parser, stop strings and usage."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        sampling = prompt.request.sampling
+        self._prompt = prompt
+        self._eos_token_ids = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self._eos_token_ids |= tokenizer.eos_token_ids
+        self._think_end_id = tokenizer.think_end_id
+        self._detokenizer = tokenizer.detokenizer()
+        self._parser: OutputParser | PlainText = PlainText()
+        if prompt.parse:
+            self._parser = OutputParser(prompt.tools, in_reasoning=prompt.in_reasoning)
+        self._stop = StopStrings(sampling.stop)
+        self._pending_prefill = prompt.prefill
+        self._is_reasoning = prompt.in_reasoning and THINK_END not in prompt.prefill
+        self._has_tool_calls = False
+        self._usage = Usage(prompt_tokens=len(prompt.request.prompt_token_ids))
+        self.is_finished = False
+
+    def read(self, output: Output) -> Iterator[StreamItem]:
+        if output.finish_reason == "error" or output.error is not None:
+            raise EngineError(output.error or "the engine failed while running this request")
+        token_ids = output.token_ids
+        text_ids = token_ids
+        if output.finish_reason == "stop":
+            while text_ids and text_ids[-1] in self._eos_token_ids:
+                text_ids = text_ids[:-1]
+        self._count(token_ids, output.stats)
+        yield Progress(text_ids, output.logprobs[: len(text_ids)], self._usage)
+
+        text = self._pending_prefill + self._detokenizer.push(text_ids)
+        self._pending_prefill = ""
+        if output.finish_reason is not None:
+            text += self._detokenizer.flush()
+        events = self._parser.push(text)
+        if output.finish_reason is not None:
+            events = [*events, *self._parser.finish(output.finish_reason)]
+        for event in events:
+            yield from self._filter(event)
+            if self.is_finished:
+                return
+
+    def _filter(self, event: Event) -> Iterator[Event]:
+        """One event of the parser, with stop strings and the tool-call limit applied."""
+        if isinstance(event, ContentDelta):
+            self._is_reasoning = False
+            text, found = self._stop.push(event.text)
+            if text:
+                yield ContentDelta(text)
+            if found:
+                yield self._finish("stop")
+            return
+        if not isinstance(event, ReasoningDelta) and (held := self._stop.flush()):
+            yield ContentDelta(held)
+        if isinstance(event, ToolCallStart):
+            self._is_reasoning = False
+            self._has_tool_calls = True
+        if isinstance(event, Finish):
+            yield self._finish(event.reason)
+            return
+        yield event
+        limit = self._prompt.max_tool_calls
+        if isinstance(event, ToolCallEnd) and limit is not None and event.index + 1 >= limit:
+            yield self._finish("stop")
+
+    def _finish(self, reason: FinishReason) -> Finish:
+        self.is_finished = True
+        return Finish("tool_calls" if reason == "stop" and self._has_tool_calls else reason)
+
+    def _count(self, token_ids: tuple[int, ...], stats: RequestStats | None) -> None:
+        num_reasoning = 0
+        if self._is_reasoning:
+            num_reasoning = len(token_ids)
+            if self._think_end_id is not None and self._think_end_id in token_ids:
+                num_reasoning = token_ids.index(self._think_end_id) + 1
+                self._is_reasoning = False
+        usage = replace(
+            self._usage,
+            completion_tokens=self._usage.completion_tokens + len(token_ids),
+            reasoning_tokens=self._usage.reasoning_tokens + num_reasoning,
+        )
+        if stats is not None:
+            usage = replace(
+                usage,
+                cached_tokens=stats.num_cached_tokens,
+                drafted_tokens=sum(stats.num_drafted_tokens),
+                accepted_draft_tokens=sum(stats.num_accepted_tokens),
+                num_steps=stats.num_steps,
+            )
+        self._usage = usage
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

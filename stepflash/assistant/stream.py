@@ -1,0 +1,184 @@
+"""What a stream carries, and what it amounts to.
+
+A stream is a sequence of `Progress` (one per engine step: its token ids, log-probabilities and the running
+usage) and `Event`; the last item is the one `Finish`. `fold` turns it into an `Answer`; a reply that is not
+streamed is that fold and nothing else, so it cannot differ from the streamed one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepflash.chat.messages import (
+    ContentDelta,
+    Event,
+    Finish,
+    FinishReason,
+    Message,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from stepflash.engine.request import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer cost so far, in tokens; `num_steps` counts runs of the trunk."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    num_steps: int = 0
+
+
+def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
+    """Usage of a reply; every `num_choices` answers in a row share one prompt, which is counted once."""
+    prompts = usages[::num_choices]
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in prompts),
+        cached_tokens=sum(usage.cached_tokens for usage in prompts),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+        drafted_tokens=sum(usage.drafted_tokens for usage in usages),
+        accepted_draft_tokens=sum(usage.accepted_draft_tokens for usage in usages),
+        num_steps=sum(usage.num_steps for usage in usages),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One engine step beside its events. `token_ids` holds no stop token; `usage` is running."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    usage: Usage
+
+
+StreamItem = Progress | Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerToolCall:
+    """A complete tool call; `arguments` is the JSON text as it was streamed."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A whole answer. `content` and `reasoning` are None when the stream had none of it."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[AnswerToolCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def to_message(self) -> Message:
+        """The assistant message that continues the conversation."""
+        calls = tuple(
+            ToolCall(name=call.name, arguments=json.loads(call.arguments or "{}"), id=call.id)
+            for call in self.tool_calls
+        )
+        return Message(
+            role="assistant", content=self.content or "", reasoning=self.reasoning, tool_calls=calls
+        )
+
+
+@dataclass(slots=True)
+class Fold:
+    """Collects a stream; usable at any moment, also of a stream that was stopped."""
+
+    reasoning: list[str] = field(default_factory=list)
+    content: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: FinishReason = "abort"
+
+    def add(self, item: StreamItem) -> None:
+        match item:
+            case Progress(token_ids, logprobs, usage):
+                self.token_ids.extend(token_ids)
+                self.logprobs.extend(logprobs)
+                self.usage = usage
+            case ReasoningDelta(text):
+                self.reasoning.append(text)
+            case ContentDelta(text):
+                self.content.append(text)
+            case ToolCallStart(_, id, name):
+                self.calls.append({"id": id, "name": name, "arguments": ""})
+            case ToolCallArguments(index, fragment):
+                self.calls[index]["arguments"] += fragment
+            case Finish(reason):
+                self.finish_reason = reason
+
+    def answer(self) -> Answer:
+        return Answer(
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+            content="".join(self.content) or None,
+            reasoning="".join(self.reasoning) or None,
+            tool_calls=tuple(AnswerToolCall(**call) for call in self.calls),
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+        )
+
+
+async def fold(stream: AsyncIterator[StreamItem]) -> Answer:
+    """The whole answer of a stream."""
+    collected = Fold()
+    async for item in stream:
+        collected.add(item)
+    return collected.answer()
+
+
+async def merge(streams: Sequence[AsyncGenerator[StreamItem]]) -> AsyncGenerator[tuple[int, StreamItem]]:
+    """The items of several streams as they come, each with the index of its stream.
+
+    The first failure ends them all; closing this closes every stream.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, StreamItem | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncGenerator[StreamItem]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait((index, item))
+        finally:
+            queue.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            index, entry = await queue.get()
+            if entry is None:
+                await tasks[index]
+                num_running -= 1
+            else:
+                yield index, entry
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

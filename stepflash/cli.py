@@ -1,0 +1,247 @@
+"""The `stepflash` command.
+
+One function per subcommand, with its imports inside, so that `--help` answers at once. Whatever a user can
+cause ends in one line, `stepflash: error: ...`, and exit status 2; `--debug` or STEPFLASH_DEBUG=1 shows the
+traceback as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from stepflash.errors import StepflashError
+from stepflash.settings import DEFAULT_MODEL, DTYPES, EngineSettings, ServerSettings, did_you_mean, is_debug
+
+if TYPE_CHECKING:
+    from stepflash.engine.request import SamplingParams
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+MODEL_HELP = f"a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r} (the default)"
+
+
+class UsageError(StepflashError):
+    """The command line is wrong."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors as exceptions instead of two lines and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = is_debug() or "--debug" in arguments
+    try:
+        _check_command(arguments)
+        args = build_parser().parse_args(arguments)
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has gone, as `| head` does; nothing must be written to it when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (StepflashError, OSError) as error:
+        if wants_traceback:
+            traceback.print_exc()
+        print(f"stepflash: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except Exception as error:  # a bug: one line for the user, the rest on demand
+        if wants_traceback:
+            raise
+        text = " ".join(str(error).split())
+        print(
+            f"stepflash: internal error: {type(error).__name__}: {text} (--debug shows the traceback)",
+            file=sys.stderr,
+        )
+        return BUG
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = ArgumentParser(
+        prog="stepflash",
+        description="Everything around Step-3.5-Flash: load it, talk to it, serve it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate = commands.add_parser("generate", help="one completion")
+    _add_model(generate)
+    generate.add_argument(
+        "--prompt", metavar="TEXT", help="what to answer or continue; default: standard input"
+    )
+    generate.add_argument("--system", metavar="TEXT", help="the system message")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without chat template"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    _add_sampling(generate, default_max_tokens=1024)
+    _add_engine(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="chat in the terminal")
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(chat, default_max_tokens=None)
+    _add_engine(chat)
+    chat.set_defaults(run=_chat)
+
+    serve = commands.add_parser("serve", help="serve the OpenAI API and a chat page")
+    _add_model(serve)
+    serve.add_argument("--host", default=ServerSettings.host, help="address to listen on (%(default)s)")
+    serve.add_argument("--port", type=int, default=ServerSettings.port, help="port, 0 for any (%(default)s)")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept only requests with this key; may be given several times",
+    )
+    serve.add_argument("--served-model-name", metavar="NAME", help="the name that clients use")
+    _add_engine(serve)
+    serve.set_defaults(run=_serve)
+
+    inspect = commands.add_parser("inspect", help="configuration, layers, parameters, memory, tensors")
+    _add_model(inspect)
+    inspect.add_argument("--verify", action="store_true", help="read every tensor and check its values")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+
+    for command in (generate, chat, serve, inspect):
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+class VersionAction(argparse.Action):
+    """Prints the version; importing it only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import stepflash
+
+        print(f"stepflash {stepflash.__version__}")
+        parser.exit()
+
+
+def _check_command(arguments: Sequence[str]) -> None:
+    """Name the nearest command when the given one does not exist."""
+    known = ("generate", "chat", "serve", "inspect")
+    if not arguments:
+        raise UsageError(f"a command is needed: {', '.join(known)} (see stepflash --help)")
+    first = arguments[0]
+    if not first.startswith("-") and first not in known:
+        hint = did_you_mean(first, known) or f"; there are {', '.join(known)}"
+        raise UsageError(f"there is no command {first!r}{hint}")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=MODEL_HELP)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, default_max_tokens: int | None) -> None:
+    group = parser.add_argument_group("sampling", "what is not given is taken from the model's own settings")
+    limit = "up to the end of the context" if default_max_tokens is None else str(default_max_tokens)
+    group.add_argument(
+        "--max-tokens", type=int, default=default_max_tokens, metavar="N", help=f"longest answer ({limit})"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--seed", type=int)
+    group.add_argument(
+        "--draft-depth", type=int, metavar="0..3", help="drafted tokens a step; adapts if not given"
+    )
+    group.add_argument("--no-thinking", action="store_true", help="answer without a thought")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--dtype", metavar="TYPE", help=f"of weights and cache: {', '.join(DTYPES)}")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run together")
+    group.add_argument("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values")
+
+
+def _engine_settings(args: argparse.Namespace) -> EngineSettings:
+    return EngineSettings(dtype=args.dtype, max_num_seqs=args.max_num_seqs, kv_cache_gb=args.kv_cache_gb)
+
+
+def _sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The model's own sampling parameters, with those of the command line over them."""
+    from dataclasses import replace
+
+    names = ("temperature", "top_p", "top_k", "seed", "draft_depth")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return replace(defaults, max_tokens=args.max_tokens, **given)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from stepflash.assistant.local import open_session
+    from stepflash.terminal_generate import run_generate
+
+    prompt = args.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError("--prompt TEXT is needed, or text on standard input")
+        prompt = sys.stdin.read()
+    if args.raw and (args.system or args.no_thinking):
+        raise UsageError("--raw has no chat template, so --system and --no-thinking do not apply")
+    with open_session(args.model, _engine_settings(args)) as local:
+        run_generate(
+            local.session,
+            prompt,
+            _sampling(args, local.sampling),
+            model_name=args.model,
+            system=args.system,
+            is_raw=args.raw,
+            is_thinking=not args.no_thinking,
+            as_json=args.json,
+        )
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from stepflash.assistant.local import open_session
+    from stepflash.terminal_chat import run_chat
+
+    with open_session(args.model, _engine_settings(args)) as local:
+        run_chat(
+            local.session,
+            _sampling(args, local.sampling),
+            model_name=args.model,
+            system=args.system,
+            is_thinking=not args.no_thinking,
+        )
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from stepflash.assistant.local import open_session
+    from stepflash.server.app import create_app
+    from stepflash.server.run import run_server
+
+    settings = ServerSettings(host=args.host, port=args.port, api_keys=tuple(args.api_key))
+    with open_session(args.model, _engine_settings(args)) as local:
+        name = args.served_model_name or local.name
+        app = create_app(local.session, name, settings=settings, defaults=local.sampling)
+        return run_server(app, settings, name)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from stepflash.terminal_inspect import run_inspect
+
+    return run_inspect(args.model, should_verify=args.verify, as_json=args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

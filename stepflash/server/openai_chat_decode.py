@@ -1,0 +1,219 @@
+"""Decodes the body of `/v1/chat/completions` into values; pure.
+
+What a field does is listed in docs/api.md. A field that would change the answer and cannot be honoured is
+refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json
+
+from stepflash.assistant.session import NO_THINKING
+from stepflash.chat.messages import Conversation, Message, Role, Tool, ToolCall
+from stepflash.engine.request import SamplingParams
+from stepflash.errors import RequestError
+from stepflash.server.openai_schema import ChatBody, MessageBody, num_choices, sampling_params, text_of
+
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """A decoded body. `prefill` is the beginning of the answer that the request forces."""
+
+    model: str | None
+    conversation: Conversation
+    sampling: SamplingParams
+    num_choices: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    prefill: str = ""
+    max_tool_calls: int | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
+    """Turn a checked body into values.
+
+    Raises:
+        RequestError: a value is wrong, or asks for something that is not supported.
+    """
+    _refuse_unsupported(body)
+    tools = tuple(_tool(definition, f"tools.{index}") for index, definition in enumerate(body.tools or ()))
+    tools, forced_call, max_tool_calls = _apply_tool_choice(body.tool_choice, tools)
+    if body.parallel_tool_calls is False:
+        max_tool_calls = 1
+    prefill = forced_call or (NO_THINKING if _wants_no_thinking(body) else "")
+    wants_logprobs = bool(body.logprobs)
+    if body.top_logprobs is not None and not wants_logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    stream_options = body.stream_options
+    return ChatRequest(
+        model=body.model,
+        conversation=Conversation(messages=_messages(body.messages), tools=tools),
+        sampling=sampling_params(
+            body,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+            defaults=defaults,
+        ),
+        num_choices=num_choices(body),
+        stream=bool(body.stream),
+        include_usage=bool(stream_options and stream_options.include_usage),
+        continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
+        prefill=prefill,
+        max_tool_calls=max_tool_calls,
+        template_variables=body.chat_template_kwargs or {},
+    )
+
+
+def _messages(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
+    if not bodies:
+        raise RequestError("messages must hold at least one message", param="messages")
+    return tuple(_message(body, f"messages.{index}") for index, body in enumerate(bodies))
+
+
+def _message(body: MessageBody, param: str) -> Message:
+    role = ROLES.get(body.role)
+    if role is None:
+        allowed = ", ".join(ROLES)
+        raise RequestError(f"{param}.role: {body.role!r} is not one of {allowed}", param=f"{param}.role")
+    reasoning = body.reasoning_content
+    if reasoning is None and isinstance(body.reasoning, str):
+        reasoning = body.reasoning
+    is_assistant = role == "assistant"
+    calls = (body.tool_calls or ()) if is_assistant else ()
+    return Message(
+        role=role,
+        content=text_of(body.content, f"{param}.content"),
+        reasoning=reasoning if is_assistant else None,
+        tool_calls=tuple(
+            ToolCall(
+                id=call.id,
+                name=call.function.name,
+                arguments=_arguments(
+                    call.function.arguments, f"{param}.tool_calls.{index}.function.arguments"
+                ),
+            )
+            for index, call in enumerate(calls)
+        ),
+        tool_call_id=body.tool_call_id,
+        name=body.name,
+    )
+
+
+def _arguments(arguments: str | Mapping[str, Any] | None, param: str) -> Mapping[str, Any]:
+    if isinstance(arguments, str):
+        try:
+            arguments = from_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise RequestError(f"{param}: not valid JSON: {error}", param=param) from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f"{param}: the arguments must be a JSON object", param=param)
+    return arguments
+
+
+def _tool(definition: Mapping[str, Any], param: str) -> Tool:
+    kind = definition.get("type")
+    function = definition.get("function")
+    if kind != "function":
+        raise RequestError(
+            f"{param}.type: tools of type {kind!r} are not supported, only 'function'", param=f"{param}.type"
+        )
+    if not isinstance(function, Mapping):
+        raise RequestError(f"{param}.function: an object is needed", param=f"{param}.function")
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not name or any(c.isspace() or c in "<>=" for c in name):
+        raise RequestError(
+            f"{param}.function.name: {name!r} is not a usable name: a string without spaces, <, > and =",
+            param=f"{param}.function.name",
+        )
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise RequestError(
+            f"{param}.function.parameters: a JSON schema object is needed",
+            param=f"{param}.function.parameters",
+        )
+    return Tool(definition=definition)
+
+
+def _apply_tool_choice(
+    choice: str | Mapping[str, Any] | None, tools: tuple[Tool, ...]
+) -> tuple[tuple[Tool, ...], str, int | None]:
+    """The tools to offer, the beginning of the answer that forces a call, and the limit of calls.
+
+    A forced call begins right after an empty thought, with the tags the model itself would write.
+    """
+    if choice is None or choice == "auto":
+        return tools, "", None
+    if choice == "none":
+        return (), "", None
+    if not tools:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    opening = f"{NO_THINKING}<tool_call>\n<function="
+    if choice == "required":
+        if len(tools) == 1:
+            return tools, f"{opening}{tools[0].name}>\n", None
+        return tools, opening, None
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise RequestError(
+            "tool_choice must be 'auto', 'none', 'required' or name a function of tools", param="tool_choice"
+        )
+    if name not in {tool.name for tool in tools}:
+        raise RequestError(f"tool_choice: there is no tool {name!r} in tools", param="tool_choice")
+    return tools, f"{opening}{name}>\n", 1
+
+
+def _wants_no_thinking(body: ChatBody) -> bool:
+    kwargs = body.chat_template_kwargs or {}
+    return (
+        body.reasoning_effort in ("none", "minimal")
+        or kwargs.get("enable_thinking") is False
+        or kwargs.get("thinking") is False
+        or (body.thinking or {}).get("type") == "disabled"
+    )
+
+
+def _refuse_unsupported(body: ChatBody) -> None:
+    response_type = (body.response_format or {"type": "text"}).get("type")
+    refused: tuple[tuple[str, bool, str], ...] = (
+        ("audio", body.audio is not None, "this model writes text only"),
+        ("modalities", bool(body.modalities) and body.modalities != ["text"], "this model writes text only"),
+        ("web_search_options", body.web_search_options is not None, "there is no built-in web search"),
+        ("functions", bool(body.functions), "use tools instead"),
+        ("function_call", body.function_call not in (None, "none"), "use tool_choice instead"),
+        (
+            "response_format",
+            response_type != "text",
+            f"type {response_type!r} is not supported yet; only 'text' is",
+        ),
+        ("thinking_budget", body.thinking_budget is not None, "thinking budgets are not supported yet"),
+        (
+            "thinking_token_budget",
+            body.thinking_token_budget is not None,
+            "thinking budgets are not supported yet",
+        ),
+    )
+    for name, is_set, reason in refused:
+        if is_set:
+            raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
+    effort = body.reasoning_effort
+    if effort is not None and effort not in REASONING_EFFORTS:
+        known = ", ".join(REASONING_EFFORTS)
+        raise RequestError(f"reasoning_effort: {effort!r} is not one of {known}", param="reasoning_effort")

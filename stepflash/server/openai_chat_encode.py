@@ -1,0 +1,182 @@
+"""Encodes answers as replies of `/v1/chat/completions`; pure.
+
+`response` encodes whole answers, `chunks` a stream. Both see the same items, so the chunks of a stream add up
+to the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, total_usage
+from stepflash.chat.messages import (
+    ContentDelta,
+    Event,
+    Finish,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallStart,
+)
+from stepflash.engine.request import TokenLogprob
+from stepflash.server.openai_chat_decode import ChatRequest
+
+TokenBytes = Callable[[int], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHead:
+    """What every chunk of one reply repeats."""
+
+    id: str
+    created: int
+    model: str
+
+
+def response(head: ResponseHead, answers: Sequence[Answer], token_bytes: TokenBytes) -> dict[str, Any]:
+    """The reply that is not streamed; one choice per answer."""
+    return {
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [_choice(index, answer, token_bytes) for index, answer in enumerate(answers)],
+        "usage": usage_json(total_usage([answer.usage for answer in answers], len(answers))),
+    }
+
+
+async def chunks(
+    head: ResponseHead,
+    items: AsyncGenerator[tuple[int, StreamItem]],
+    request: ChatRequest,
+    token_bytes: TokenBytes,
+) -> AsyncGenerator[dict[str, Any]]:
+    """The streamed reply: `items` are those of all choices as they come."""
+    encoders = [ChoiceEncoder(index, token_bytes) for index in range(request.num_choices)]
+    usages = [Usage()] * request.num_choices
+    yield _chunk(head, [encoder.start() for encoder in encoders])
+    async with aclosing(items):
+        async for index, item in items:
+            if isinstance(item, Progress):
+                usages[index] = item.usage
+            running = total_usage(usages, len(usages)) if request.continuous_usage else None
+            for choice in encoders[index].encode(item):
+                yield _chunk(head, [choice], running)
+    if request.include_usage:
+        yield _chunk(head, [], total_usage(usages, len(usages)))
+
+
+def _chunk(
+    head: ResponseHead, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None
+) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "id": head.id,
+        "object": "chat.completion.chunk",
+        "created": head.created,
+        "model": head.model,
+        "choices": list(choices),
+    }
+    if usage is not None:
+        data["usage"] = usage_json(usage)
+    return data
+
+
+class ChoiceEncoder:
+    """Encodes the stream of one choice; log-probabilities travel with the next chunk that is sent."""
+
+    def __init__(self, index: int, token_bytes: TokenBytes) -> None:
+        self._index = index
+        self._token_bytes = token_bytes
+        self._logprobs: list[TokenLogprob] = []
+
+    def start(self) -> dict[str, Any]:
+        """The first choice object of a stream."""
+        return self._choice({"role": "assistant"})
+
+    def encode(self, item: StreamItem) -> Iterator[dict[str, Any]]:
+        """The choice objects that an item amounts to: none or one."""
+        if isinstance(item, Progress):
+            self._logprobs.extend(item.logprobs)
+        elif isinstance(item, Finish):
+            yield self._choice({}, finish_reason=finish_reason(item.reason))
+        elif (delta := _delta(item)) is not None:
+            yield self._choice(delta)
+
+    def _choice(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs, self._logprobs = self._logprobs, []
+        return {
+            "index": self._index,
+            "delta": dict(delta),
+            "logprobs": logprobs_json(logprobs, self._token_bytes) if logprobs else None,
+            "finish_reason": finish_reason,
+        }
+
+
+def finish_reason(reason: str) -> str:
+    """OpenAI's word; an aborted answer is one that ended early."""
+    return reason if reason in ("stop", "length", "tool_calls") else "stop"
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "accepted_draft_tokens": usage.accepted_draft_tokens,
+            "drafted_tokens": usage.drafted_tokens,
+            "num_steps": usage.num_steps,
+        },
+    }
+
+
+def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
+    """`content` covers every generated token, the thought's included, in order."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+    content = [
+        {
+            **entry(token.token_id, token.logprob),
+            "top_logprobs": [entry(token_id, logprob) for token_id, logprob in token.top],
+        }
+        for token in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _choice(index: int, answer: Answer, token_bytes: TokenBytes) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+    if answer.reasoning is not None:
+        message["reasoning_content"] = answer.reasoning
+    if answer.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.tool_calls
+        ]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs_json(answer.logprobs, token_bytes) if answer.logprobs else None,
+        "finish_reason": finish_reason(answer.finish_reason),
+    }
+
+
+def _delta(event: Event) -> dict[str, Any] | None:
+    match event:
+        case ReasoningDelta(text):
+            return {"reasoning_content": text}
+        case ContentDelta(text):
+            return {"content": text}
+        case ToolCallStart(index, id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
+        case ToolCallArguments(index, fragment):
+            return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
+    return None

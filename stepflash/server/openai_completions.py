@@ -1,0 +1,148 @@
+"""The wire format of `/v1/completions`: raw text in, raw text out, no template and no parsing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, total_usage
+from stepflash.chat.messages import ContentDelta, Finish
+from stepflash.engine.request import SamplingParams, TokenLogprob
+from stepflash.errors import RequestError
+from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, usage_json
+from stepflash.server.openai_schema import CompletionBody, num_choices, sampling_params
+
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest:
+    """A decoded body. Choices are ordered by prompt, then by `num_choices`."""
+
+    model: str | None
+    prompts: tuple[str | tuple[int, ...], ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+
+
+def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
+    """Turn a checked body into values.
+
+    Raises:
+        RequestError: a value is wrong, or asks for something that is not supported.
+    """
+    for name, is_set in (
+        ("best_of", body.best_of is not None and body.best_of != (body.n or 1)),
+        ("suffix", bool(body.suffix)),
+        ("echo", bool(body.echo) and body.logprobs is not None),
+    ):
+        if is_set:
+            reason = "not supported together with logprobs" if name == "echo" else "not supported"
+            raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
+    prompts = _prompts(body.prompt)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise RequestError(f"prompt: between 1 and {MAX_PROMPTS} prompts are allowed", param="prompt")
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    stream_options = body.stream_options
+    return CompletionRequest(
+        model=body.model,
+        prompts=prompts,
+        sampling=sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs, defaults=defaults),
+        num_choices=num_choices(body),
+        stream=bool(body.stream),
+        include_usage=bool(stream_options and stream_options.include_usage),
+        echo=bool(body.echo),
+    )
+
+
+async def chunks(
+    head: ResponseHead,
+    items: AsyncGenerator[tuple[int, StreamItem]],
+    echoed: Sequence[str],
+    request: CompletionRequest,
+    token_bytes: TokenBytes,
+) -> AsyncGenerator[dict[str, Any]]:
+    """The streamed reply; `echoed` holds what each choice begins with."""
+    usages = [Usage()] * len(echoed)
+    pending: list[list[TokenLogprob]] = [[] for _ in echoed]
+    for index, text in enumerate(echoed):
+        if text:
+            yield response(head, [choice(index, text, None, (), token_bytes)], None)
+    async with aclosing(items):
+        async for index, item in items:
+            text, reason = "", None
+            match item:
+                case Progress():
+                    usages[index] = item.usage
+                    pending[index].extend(item.logprobs)
+                    continue
+                case ContentDelta():
+                    text = item.text
+                case Finish():
+                    reason = item.reason
+            logprobs, pending[index] = pending[index], []
+            yield response(head, [choice(index, text, reason, logprobs, token_bytes)], None)
+    if request.include_usage:
+        yield response(head, [], total_usage(usages, request.num_choices))
+
+
+def choice(
+    index: int,
+    text: str,
+    reason: str | None,
+    logprobs: Sequence[TokenLogprob],
+    token_bytes: TokenBytes,
+) -> dict[str, Any]:
+    """A choice object; those of a stream differ from a whole one in their text alone."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": _logprobs(logprobs, token_bytes) if logprobs else None,
+        "finish_reason": None if reason is None else finish_reason(reason),
+    }
+
+
+def response(head: ResponseHead, choices: Sequence[Mapping[str, Any]], usage: Usage | None) -> dict[str, Any]:
+    """A whole reply, or one chunk of a streamed one: they have the same shape."""
+    data: dict[str, Any] = {
+        "id": head.id,
+        "object": "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": list(choices),
+    }
+    if usage is not None:
+        data["usage"] = usage_json(usage)
+    return data
+
+
+def answer_choice(index: int, answer: Answer, echoed: str, token_bytes: TokenBytes) -> dict[str, Any]:
+    text = echoed + (answer.content or "")
+    return choice(index, text, answer.finish_reason, answer.logprobs, token_bytes)
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    if all(isinstance(item, int) for item in prompt):
+        return (tuple(item for item in prompt if isinstance(item, int)),)
+    return tuple(
+        item if isinstance(item, str) else tuple(item) for item in prompt if not isinstance(item, int)
+    )
+
+
+def _logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
+    def text(token_id: int) -> str:
+        return token_bytes(token_id).decode("utf-8", "replace")
+
+    return {
+        "tokens": [text(token.token_id) for token in logprobs],
+        "token_logprobs": [token.logprob for token in logprobs],
+        "top_logprobs": [{text(token_id): value for token_id, value in token.top} for token in logprobs],
+    }

@@ -1,0 +1,235 @@
+"""Bodies of the OpenAI API as they arrive, and reading them without trusting them.
+
+pydantic checks names and types here; ranges are checked by `SamplingParams`, meaning by `openai_chat`.
+Unknown fields are ignored, as the official servers do. Every problem becomes one `RequestError` that names
+the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from stepflash.engine.request import SamplingParams
+from stepflash.errors import RequestError
+
+MAX_CHOICES = 16
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1 - MAX_CHOICES
+MAX_STOP_STRINGS = 16
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class FunctionCallBody(Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCallBody(Body):
+    id: str = ""
+    type: str = "function"
+    function: FunctionCallBody
+
+
+class MessageBody(Body):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | dict[str, Any] | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+
+
+class StreamOptionsBody(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Body):
+    """Fields that chat and text completions share; those after `stop` are extensions of other servers."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptionsBody | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    draft_depth: int | None = None
+
+
+class ChatBody(SamplingBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: list[MessageBody]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: int | None = None
+    thinking_token_budget: int | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+
+
+class CompletionBody(SamplingBody):
+    """Body of `POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+def read_body(raw: bytes, body_type: type[BodyType]) -> BodyType:
+    """Parse and check a request body.
+
+    Raises:
+        RequestError: not JSON, nested too deeply, not an object, or a field of the wrong type.
+    """
+    try:
+        data = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise RequestError(f"the body must be a JSON object, not {_json_type(data)}", code="invalid_json")
+    try:
+        return body_type.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        param = _field_path(first["loc"], data)
+        raise RequestError(f"{param}: {first['msg'].lower()}", param=param) from None
+
+
+def sampling_params(
+    body: SamplingBody, *, max_tokens: int | None, logprobs: int | None, defaults: SamplingParams
+) -> SamplingParams:
+    """The sampling parameters of a body over those of the server.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if len(stop) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings are allowed", param="stop")
+    given: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "stop": stop,
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "logit_bias": _logit_bias(body.logit_bias or {}),
+        **{
+            name: getattr(body, name)
+            for name in (
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+                "seed",
+                "ignore_eos",
+                "draft_depth",
+            )
+        },
+    }
+    if given["top_k"] == -1:  # how vLLM's clients say "off"
+        given["top_k"] = 0
+    if body.seed is not None and not MIN_SEED <= body.seed <= MAX_SEED:
+        raise RequestError(f"seed must fit in 63 bits and a sign, got {body.seed}", param="seed")
+    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+def num_choices(body: SamplingBody) -> int:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= MAX_CHOICES:
+        raise RequestError(f"n must be between 1 and {MAX_CHOICES}, got {n}", param="n")
+    return n
+
+
+def text_of(content: str | Sequence[Mapping[str, Any]] | None, param: str) -> str:
+    """The text of a message's content; parts are joined without separator.
+
+    Raises:
+        RequestError: a part is not text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if kind not in ("text", "refusal"):
+            raise RequestError(
+                f"{param}.{index}: content parts of type {kind!r} are not supported, this model reads text only",
+                param=f"{param}.{index}.type",
+            )
+        if not isinstance(text, str):
+            raise RequestError(
+                f"{param}.{index}: a text part needs a string `text`", param=f"{param}.{index}"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    result = {}
+    for token, value in bias.items():
+        if not token.isascii() or not token.isdigit():
+            raise RequestError(f"logit_bias: {token!r} is not a token id", param="logit_bias")
+        if not -100.0 <= value <= 100.0:
+            raise RequestError(f"logit_bias: {value} is not between -100 and 100", param="logit_bias")
+        result[int(token)] = value
+    return result
+
+
+def _field_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """The dotted path of a field; the names that pydantic gives to members of a union are left out."""
+    path: list[str] = []
+    for step in loc:
+        if isinstance(data, list) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        elif isinstance(data, dict) and (step in data or not path or step == loc[-1]):
+            data = data.get(step)
+        else:
+            continue
+        path.append(str(step))
+    return ".".join(path)
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names[type(value)]

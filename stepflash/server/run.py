@@ -1,0 +1,58 @@
+"""Runs the application: one process, one port, an orderly end.
+
+The first SIGTERM or SIGINT stops accepting and lets running answers finish, for at most `drain_seconds`; the
+second ends at once. Both are a success: the exit status is 0.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from stepflash.errors import ConfigError
+from stepflash.settings import ServerSettings
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Unlike uvicorn's, this does not note the signal to raise it again afterwards.
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def run_server(app: ASGIApp, settings: ServerSettings, model_name: str) -> int:
+    """Serve until a signal comes.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    shown_host = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    print(f"stepflash: serving {model_name} at http://{shown_host}:{port}", file=sys.stderr, flush=True)
+    if not settings.api_keys and host not in ("127.0.0.1", "::1"):
+        print("stepflash: warning: anyone who reaches this address can use it; see --api-key", file=sys.stderr)
+    _Server(config).run(sockets=[listener])
+    return 0
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --port or --host"
+        ) from None

@@ -1,0 +1,96 @@
+"""Server-sent events, and the end of a request whose client has gone.
+
+A streamed reply is an async generator of complete frames. Whatever ends the reply (its last frame, an
+exception, a client that disconnects) closes the generator, and closing it aborts the engine's request.
+While nothing is sent for `KEEP_ALIVE_SECONDS`, a comment frame keeps proxies and clients from giving up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+KEEP_ALIVE_SECONDS = 10.0
+DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client disconnected; there is nobody to answer."""
+
+
+def frame(data: Mapping[str, Any]) -> bytes:
+    """One `data:` frame."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends a generator of frames and closes it at the end, however that comes about."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._frames = frames
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        except ClientGone:
+            return
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._sent_at = time.monotonic()
+        keep_alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            async with aclosing(self._frames) as frames:
+                async for data in frames:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._sent_at = time.monotonic()
+        finally:
+            keep_alive.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            wait_seconds = self._sent_at + KEEP_ALIVE_SECONDS - time.monotonic()
+            if wait_seconds > 0:
+                await asyncio.sleep(wait_seconds)
+                continue
+            await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+            self._sent_at = time.monotonic()
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client disconnects.
+
+    The request's body must have been read. Raises ClientGone when the client went first.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

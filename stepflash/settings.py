@@ -1,0 +1,65 @@
+"""Settings of the commands: defaults, checked values, and the environment variables that are read.
+
+Frozen after construction. A value out of range is refused with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stepflash.errors import ConfigError
+
+DEFAULT_MODEL = "nano"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How to run a model. None leaves the choice to the engine."""
+
+    dtype: str | None = None
+    max_num_seqs: int | None = None
+    kv_cache_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.max_num_seqs is not None and not 1 <= self.max_num_seqs <= 4096:
+            raise ConfigError(f"max_num_seqs must be between 1 and 4096, got {self.max_num_seqs}")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb <= 65536:
+            raise ConfigError(f"kv_cache_gb must be above 0, got {self.kv_cache_gb:g}")
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        return None if self.kv_cache_gb is None else int(self.kv_cache_gb * 2**30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Where and for whom to serve."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 64 * 2**20
+    drain_seconds: int = 30
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        if any(not key for key in self.api_keys):
+            raise ConfigError("api_key must not be empty; leave the option out to serve without keys")
+
+
+def is_debug() -> bool:
+    """Whether errors are shown with their traceback (`STEPFLASH_DEBUG=1`)."""
+    return os.environ.get("STEPFLASH_DEBUG", "0") not in ("", "0")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that suggests the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
