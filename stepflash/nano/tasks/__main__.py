@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from random import Random
 
 from stepflash.chat.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from stepflash.nano.tokenizer_training import train_tokenizer
 TIERS: tuple[Tier, ...] = ("easy", "hard")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stepflash.nano.tasks", description=__doc__)
     parser.add_argument("task", nargs="?", choices=tuple(TASKS), help="show examples of this task")
     parser.add_argument("--tier", choices=TIERS, default="easy")
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", help="folder of a trained tokenizer; trained on the spot when not given"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rng = Random(arguments.seed)
     if arguments.task:
         for _ in range(arguments.count):

@@ -112,7 +112,7 @@ def _divide(left: int, right: int) -> tuple[list[str], int]:
     if right == 0 or left % right:
         raise ValueError(f"only exact divisions have a trace, got {left}/{right}")
     value = left // right
-    if value < 10 and right < 10:
+    if value == 0 or (value < 10 and right < 10):
         return [f"{left}/{right}={value}"], value
     lines, rest, known = [f"{left}/{right}:"], 0, ""
     for digit in reversed(_digits(left)):
