@@ -7,9 +7,12 @@ thread. `Output` is one step's worth of news about a request; `RequestStats` say
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from stepflash.errors import RequestError
+
+if TYPE_CHECKING:
+    from stepflash.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_DRAFT_DEPTH = 3
@@ -20,7 +23,9 @@ class SamplingParams:
     """How to continue a prompt.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 switch their filter off.
-    `logprobs` asks for that many alternatives beside each chosen token (0: the chosen one alone; None: none).
+    `seed` fixes the output whatever else runs and however deep speculation goes; None draws one.
+    `logprobs` asks for that many alternatives beside each chosen token (0: the chosen one alone; None: none);
+    they are those of the model itself, before temperature, penalties, bias and filters.
     `draft_depth` None adapts the speculation depth, 0 switches speculation off; output is the same in law.
     `max_tokens` None means up to the end of the context.
     """
@@ -42,10 +47,8 @@ class SamplingParams:
     draft_depth: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        stop: object = self.stop  # callers also pass one string or a list
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         checks: tuple[tuple[str, bool, str], ...] = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
@@ -71,7 +74,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt to continue. `cut_points` are prompt lengths at which a cache snapshot is worth keeping."""
+    """One prompt to continue. `cut_points` are prompt lengths at which a cache snapshot is worth keeping.
+
+    A lower `priority` runs earlier. `constraint` is a `stepflash.engine.constraints.Constraint` or None; it
+    belongs to this request alone, because it advances with it. After `deadline_seconds` from submission the
+    request ends with finish reason "abort" and stop reason "deadline".
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -79,23 +87,31 @@ class Request:
     cut_points: tuple[int, ...] = ()
     priority: int = 0
     deadline_seconds: float | None = None
-    constraint: Any = None
+    constraint: Constraint | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestStats:
-    """What a request cost. `num_accepted_tokens[k]` counts accepted drafts of MTP module k+1."""
+    """What a request cost. `num_accepted_tokens[k]` counts accepted drafts of MTP module k+1.
+
+    `num_prefill_tokens` counts prompt tokens that were really computed, again after a preemption;
+    `num_forced_tokens` counts drafts that a constraint dictated. `cache_miss` says in words why no more of the
+    prompt came from the prefix cache.
+    """
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_prefill_tokens: int = 0
     num_generated_tokens: int = 0
     num_steps: int = 0
     num_drafted_tokens: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_DEPTH)
     num_accepted_tokens: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_DEPTH)
+    num_forced_tokens: int = 0
     num_preemptions: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    cache_miss: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +125,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """News of one request after one step. The last one has a `finish_reason`."""
+    """News of one request after one step. The last one has a `finish_reason`.
+
+    `token_ids` includes the stop token that ended the request. `stats` is a live view until then.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()

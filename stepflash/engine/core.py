@@ -1,0 +1,502 @@
+"""The engine without threads: `add` requests, call `step` until nothing is left, take the outputs.
+
+A step is schedule, trunk, commit, MTP modules, commit. Failures stay with the request that caused them: whatever
+a batch raises, it is run again one sequence at a time, and only those that fail alone end with an error.
+Invariant: when no request is left, no block is held but by the prefix cache (`check_integrity`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, SLIDING, CacheLimits, KVCache
+from stepflash.engine.prefix import PrefixCache
+from stepflash.engine.request import FinishReason, Output, Request, RequestStats
+from stepflash.engine.runner import Runner, TrunkResult
+from stepflash.engine.sampler import Sampler
+from stepflash.engine.scheduler import Scheduled, Scheduler
+from stepflash.engine.sequence import MtpState, Sequence
+from stepflash.engine.speculative import DepthController, DraftJob
+from stepflash.errors import ConfigError, PromptTooLong, QueueFull, RequestError, StepflashError
+from stepflash.model.transformer import Step3p5ForCausalLM
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+# Most tokens that a constraint may dictate in one step.
+MAX_FORCED_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How much the engine may do at once. Sizes in tokens unless named otherwise.
+
+    `kv_cache_bytes` None sizes the cache for `max_num_seqs` full contexts, 4 GiB at most. `vocab_limit`: ids
+    from there on have no token. `snapshot_interval`: a window snapshot is kept every so many prompt tokens.
+    """
+
+    max_num_seqs: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    kv_cache_bytes: int | None = None
+    kv_dtype: torch.dtype | None = None
+    block_size: int = 16
+    max_draft_depth: int = MAX_MODULES
+    max_deferred_tokens: int = 64
+    prefix_caching: bool = True
+    snapshot_interval: int = 2048
+    vocab_limit: int | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_deferred_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.max_draft_depth <= MAX_MODULES:
+            raise ConfigError(
+                f"max_draft_depth must be between 0 and {MAX_MODULES}, got {self.max_draft_depth}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges now and counters since the start. KV bytes: of held blocks; `kv_cached_bytes` only by the cache."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_finished: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_computed_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_drafted_tokens: tuple[int, ...]
+    num_accepted_tokens: tuple[int, ...]
+    draft_depth: int
+    kv_total_bytes: int
+    kv_used_bytes: int
+    kv_cached_bytes: int
+    kv_blocks: dict[str, tuple[int, int]]
+    num_cached_blocks: int
+    num_snapshots: int
+
+
+class EngineCore:
+    """One model serving many requests; all methods are called from one thread."""
+
+    def __init__(self, model: Step3p5ForCausalLM, config: EngineConfig | None = None) -> None:
+        self.config = config = config or EngineConfig()
+        parameter = next(model.parameters())
+        self.max_model_len = config.max_model_len or model.config.max_position_embeddings
+        if self.max_model_len > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len = {self.max_model_len} is more than the model's "
+                f"{model.config.max_position_embeddings} positions"
+            )
+        self.num_modules = min(config.max_draft_depth, model.config.num_mtp_layers, MAX_MODULES)
+        # Every running sequence must be able to verify its drafts in the same step.
+        batched = max(config.max_num_batched_tokens, config.max_num_seqs * (1 + self.num_modules))
+        limits = CacheLimits(
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            max_batched_tokens=batched,
+            max_deferred_tokens=config.max_deferred_tokens,
+            num_modules=self.num_modules,
+            dtype=config.kv_dtype or model.model.embed_tokens.weight.dtype,
+        )
+        self.cache = KVCache(
+            model.config, limits, kv_cache_bytes=config.kv_cache_bytes, device=parameter.device
+        )
+        self.prefix = PrefixCache(self.cache) if config.prefix_caching else None
+        vocab_limit = min(config.vocab_limit or model.config.vocab_size, model.config.vocab_size)
+        self.sampler = Sampler(vocab_limit, parameter.device)
+        self.runner = Runner(model, self.cache, self.sampler, config.max_deferred_tokens)
+        self.scheduler = Scheduler(
+            self.cache,
+            self.prefix,
+            max_num_batched_tokens=batched,
+            before_preemption=self._remember,
+        )
+        self.depth = DepthController(self.num_modules)
+        eos = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+        self._eos_token_ids = frozenset(eos)
+        self._sequences: dict[str, Sequence] = {}
+        self._num_arrivals = 0
+        self._last_depth = 0
+        self._counters = dict.fromkeys(("steps", "finished", "prompt", "computed_prompt", "generated"), 0)
+        self._drafted = [0] * self.num_modules
+        self._accepted = [0] * self.num_modules
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            PromptTooLong: no room for a single token of output in the context.
+            QueueFull: too many requests wait.
+            RequestError: it can never fit into the KV cache (with the numbers), an id is outside the
+                vocabulary, the prompt is empty, or the request id is taken.
+        """
+        prompt = request.prompt_token_ids
+        vocab_size = self.runner.model.config.vocab_size
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        if not all(0 <= i < vocab_size for i in (min(prompt), max(prompt))):
+            raise RequestError(
+                f"prompt token ids must be between 0 and {vocab_size - 1}, got {min(prompt)} to {max(prompt)}",
+                param="prompt",
+            )
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id!r} is already running", param="request_id")
+        if len(prompt) >= self.max_model_len:
+            raise PromptTooLong(len(prompt), self.max_model_len - 1)
+        room = self.cache.capacity_tokens - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt of {len(prompt)} tokens can never fit: the KV cache of {self.cache.total_bytes} "
+                f"bytes holds {self.cache.capacity_tokens} tokens of one sequence; "
+                f"raise kv_cache_bytes by at least {self._bytes_short(len(prompt) + 1)}",
+                code="context_length_exceeded",
+            )
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already", 1.0)
+        sampling = request.sampling
+        depth = self.num_modules if sampling.draft_depth is None else sampling.draft_depth
+        num_modules = min(depth, self.num_modules)
+        stop_ids = frozenset(sampling.stop_token_ids)
+        seq = Sequence(
+            request=request,
+            sampler=self.sampler.state(sampling, prompt, self._seed(sampling.seed)),
+            constraint=request.constraint,
+            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos_token_ids,
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            num_modules=num_modules,
+            arrival=self._num_arrivals,
+            submitted_at=time.perf_counter(),
+            token_ids=list(prompt),
+            stats=RequestStats(num_prompt_tokens=len(prompt)),
+            acceptance=list(self.depth.acceptance),
+        )
+        self._num_arrivals += 1
+        self._counters["prompt"] += len(prompt)
+        self._sequences[request.request_id] = seq
+        self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> Output | None:
+        """End a request now; its blocks are free when this returns. None if it is not running."""
+        seq = self._sequences.get(request_id)
+        return None if seq is None else self._finish(_ended(seq, "abort"))
+
+    def step(self) -> list[Output]:
+        """Run one step and return what it brought. Empty when there is nothing to do."""
+        start = time.perf_counter()
+        outputs = self._expire(start)
+        plan = self.scheduler.schedule(start)
+        if not plan:
+            return outputs
+        self._counters["steps"] += 1
+        results, failures = _isolated(self.runner.run_trunk, plan)
+        outputs += [self._fail(item.seq, error) for item, error in failures]
+        depth = self._choose_depth(results)
+        committed: list[Output] = []
+        jobs: list[DraftJob] = []
+        for item, result in results:
+            before = item.seq.num_computed
+            try:
+                output = self._commit(item, result)
+                job = self._draft_job(
+                    item.seq, result, before, depth, is_last=output.finish_reason is not None
+                )
+            except Exception as error:  # a constraint may raise anything; it is its request's own
+                outputs.append(self._fail(item.seq, error))
+                continue
+            committed.append(output)
+            jobs += [] if job is None else [job]
+        drafted, broken = _isolated(self._run_modules, jobs)
+        for job, _ in drafted:
+            self._commit_drafts(job)
+        failed = {job.seq.request.request_id for job, _ in broken}
+        for output in committed:
+            if output.finish_reason is not None and output.request_id not in failed:
+                outputs.append(self._finish(output))
+            elif output.token_ids:
+                outputs.append(replace(output, finish_reason=None))
+        outputs += [self._fail(job.seq, error) for job, error in broken]
+        self._observe(plan, jobs, depth, time.perf_counter() - start)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        cached = 0
+        if self.prefix:
+            for group, pool in enumerate(self.cache.pools):
+                held = {i for ids in self._sequence_blocks(group) for i in ids}
+                cached += (pool.num_used - len(held)) * self.cache.block_bytes[group]
+        pools = {
+            name: (self.cache.pools[group].num_used, self.cache.pools[group].num_blocks)
+            for name, group in (("full", FULL), ("sliding", SLIDING))
+        }
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_steps=self._counters["steps"],
+            num_finished=self._counters["finished"],
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._counters["prompt"],
+            num_computed_prompt_tokens=self._counters["computed_prompt"],
+            num_cached_tokens=self.scheduler.num_cached_tokens,
+            num_generated_tokens=self._counters["generated"],
+            num_drafted_tokens=tuple(self._drafted),
+            num_accepted_tokens=tuple(self._accepted),
+            draft_depth=self._last_depth,
+            kv_total_bytes=self.cache.total_bytes,
+            kv_used_bytes=self.cache.used_bytes,
+            kv_cached_bytes=cached,
+            kv_blocks=pools,
+            num_cached_blocks=self.prefix.num_blocks if self.prefix else 0,
+            num_snapshots=self.prefix.num_snapshots if self.prefix else 0,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that every block is held by exactly those who say so.
+
+        Raises:
+            AssertionError: with the blocks at fault.
+        """
+        for group, pool in enumerate(self.cache.pools):
+            holders: list[Seq[int]] = [*self._sequence_blocks(group)]
+            if self.prefix:
+                holders += list(self.prefix.holders(group))
+            pool.check_integrity(holders)
+
+    def _sequence_blocks(self, group: int) -> list[list[int]]:
+        held = [seq.blocks for seq in self.scheduler.running if seq.blocks is not None]
+        return [blocks.full if group == FULL else blocks.sliding for blocks in held]
+
+    def _bytes_short(self, num_tokens: int) -> int:
+        blocks = -(-(num_tokens + LOOKAHEAD_SLOTS) // self.cache.block_size)
+        return (blocks - self.cache.pools[FULL].num_blocks) * self.cache.block_bytes[FULL]
+
+    def _seed(self, seed: int | None) -> int:
+        """The noise seed of a request: its own, the next of the engine's, or a random one."""
+        if seed is not None:
+            return seed
+        if self.config.seed is not None:
+            return (self.config.seed << 32) + self._num_arrivals
+        return int.from_bytes(os.urandom(8), "little")
+
+    def _expire(self, now: float) -> list[Output]:
+        late = [
+            seq
+            for seq in self._sequences.values()
+            if seq.request.deadline_seconds is not None
+            and now - seq.submitted_at > seq.request.deadline_seconds
+        ]
+        return [self._finish(_ended(seq, "abort", stop_reason="deadline")) for seq in late]
+
+    def _choose_depth(self, results: Seq[tuple[Scheduled, TrunkResult]]) -> int:
+        """The depth of all adaptive sequences of this step; they run in the same batch."""
+        adaptive = [
+            item.seq.acceptance
+            for item, result in results
+            if result.token_ids and item.seq.sampling.draft_depth is None
+        ]
+        return self.depth.choose(adaptive)
+
+    def _commit(self, item: Scheduled, result: TrunkResult) -> Output:
+        """Take over what the trunk said: tokens, progress, statistics."""
+        seq, stats = item.seq, item.seq.stats
+        before = seq.num_computed
+        stats.num_steps += 1
+        prefilled = max(0, min(before + item.num_tokens, seq.num_prompt_tokens) - before)
+        stats.num_prefill_tokens += prefilled
+        self._counters["computed_prompt"] += prefilled
+        token_ids = self._until_stop(seq, result.token_ids)
+        if seq.constraint is not None:
+            for token_id in token_ids:
+                if token_id not in seq.stop_ids:
+                    seq.constraint.accept(token_id)
+        if result.num_drafts:
+            self._count_drafts(seq, result)
+        seq.sampler.accept(token_ids)
+        seq.token_ids += token_ids
+        seq.num_computed = min(before + item.num_tokens + result.num_accepted, len(seq.token_ids))
+        stats.num_generated_tokens = seq.num_generated
+        self._counters["generated"] += len(token_ids)
+        now = time.perf_counter()
+        if token_ids and seq.first_token_at is None:
+            seq.first_token_at = now
+            stats.prefill_seconds = now - (seq.started_at or now)
+        if seq.first_token_at is not None:
+            stats.decode_seconds = now - seq.first_token_at
+        reason: FinishReason | None = None
+        stop_reason = None
+        if token_ids and token_ids[-1] in seq.stop_ids:
+            reason = "stop"
+            stop_reason = token_ids[-1] if token_ids[-1] in seq.sampling.stop_token_ids else None
+        elif seq.num_generated >= seq.max_tokens:
+            reason = "length"
+        return Output(
+            request_id=seq.request.request_id,
+            token_ids=tuple(token_ids),
+            logprobs=tuple(result.logprobs[: len(token_ids)]),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            stats=stats,
+        )
+
+    def _draft_job(
+        self, seq: Sequence, result: TrunkResult, before: int, depth: int, is_last: bool
+    ) -> DraftJob | None:
+        """What is left to do for the modules; None for a finished sequence that leaves no snapshot."""
+        snapshots = self._snapshots(seq, before)
+        if is_last and not snapshots:
+            return None
+        seq.drafts, seq.drafts_are_forced = [], False
+        wanted = 0
+        if result.token_ids and not is_last:
+            room = seq.max_tokens - seq.num_generated - 1
+            forced = seq.constraint.forced() if seq.constraint is not None else ()
+            if forced:
+                # The mask leaves the trunk no other choice, so these are certain and need no module.
+                seq.drafts, seq.drafts_are_forced = list(forced[: min(room, MAX_FORCED_TOKENS)]), True
+            else:
+                wanted = depth if seq.sampling.draft_depth is None else seq.sampling.draft_depth
+                wanted = min(wanted, seq.num_modules, room)
+        return DraftJob(
+            seq,
+            result.hidden_states,
+            wanted,
+            must_advance=bool(snapshots) or not result.token_ids,
+            snapshots=snapshots,
+        )
+
+    def _snapshots(self, seq: Sequence, before: int) -> frozenset[int]:
+        """Block boundaries in the slots just computed where a snapshot is worth its windows."""
+        if self.prefix is None or before >= seq.num_prompt_tokens - 1:
+            return frozenset()
+        size, interval = self.config.block_size, self.config.snapshot_interval
+        # The end of the prompt leaves one token to compute, for a request with the same prompt.
+        wanted = [*seq.request.cut_points, seq.num_prompt_tokens - 1]
+        wanted += range(interval, seq.num_prompt_tokens, interval)
+        return frozenset(p for p in (cut - cut % size for cut in wanted) if before < p <= seq.num_computed)
+
+    def _run_modules(self, jobs: Seq[DraftJob]) -> Seq[DraftJob]:
+        self.runner.run_modules(jobs)
+        return jobs
+
+    def _commit_drafts(self, job: DraftJob) -> None:
+        """Take over drafts and MTP state, keep snapshots, and let go of blocks behind the window."""
+        seq, cache = job.seq, self.cache
+        assert seq.blocks is not None
+        if not seq.drafts_are_forced:
+            seq.drafts = job.drafts
+        seq.mtp = job.mtp
+        boundary = seq.num_computed - seq.num_computed % cache.block_size
+        if boundary in job.carries:
+            seq.boundary = boundary, job.carries[boundary]
+        for boundary in sorted(job.snapshots & job.carries.keys()):
+            self._snapshot(seq, boundary, job.carries[boundary])
+        cache.trim(seq.blocks, min([seq.num_computed, *seq.mtp.num_computed]))
+
+    def _snapshot(self, seq: Sequence, boundary: int, carries: tuple[torch.Tensor, ...]) -> None:
+        assert self.prefix is not None
+        assert seq.blocks is not None
+        sliding = self.cache.sliding_before(seq.blocks, boundary)
+        if boundary and sliding is not None:
+            full = seq.blocks.full[: boundary // self.cache.block_size]
+            node = self.prefix.insert(seq.token_ids, full, seq.num_modules)
+            self.prefix.add_snapshot(node, *sliding, carries)
+
+    def _remember(self, seq: Sequence) -> None:
+        """Keep what a sequence that loses its blocks has computed, for whoever continues it."""
+        if self.prefix is not None and seq.boundary is not None and seq.blocks is not None:
+            self._snapshot(seq, *seq.boundary)
+
+    def _count_drafts(self, seq: Sequence, result: TrunkResult) -> None:
+        if seq.drafts_are_forced:
+            seq.stats.num_forced_tokens += result.num_accepted
+            return
+        for k in range(result.num_drafts):
+            is_right = k < result.num_accepted
+            seq.stats.num_drafted_tokens[k] += 1
+            seq.stats.num_accepted_tokens[k] += is_right
+            self._drafted[k] += 1
+            self._accepted[k] += is_right
+        self.depth.accept(seq.acceptance, result.num_drafts, result.num_accepted)
+
+    def _until_stop(self, seq: Sequence, token_ids: list[int]) -> list[int]:
+        room = seq.max_tokens - seq.num_generated
+        for i, token_id in enumerate(token_ids[:room]):
+            if token_id in seq.stop_ids:
+                return token_ids[: i + 1]
+        return token_ids[:room]
+
+    def _finish(self, output: Output) -> Output:
+        """Free everything that a request holds; its last output."""
+        seq = self._sequences.pop(output.request_id)
+        if output.finish_reason != "error":
+            self._remember(seq)
+        self.scheduler.remove(seq)
+        seq.mtp = MtpState()
+        self._counters["finished"] += 1
+        return output
+
+    def _fail(self, seq: Sequence, error: BaseException) -> Output:
+        logger.error("request %s failed", seq.request.request_id, exc_info=error)
+        message = str(error) if isinstance(error, StepflashError) else f"{type(error).__name__}: {error}"
+        return self._finish(_ended(seq, "error", error=message))
+
+    def _observe(self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, seconds: float) -> None:
+        """Time a step for the depth controller when it was nothing but decoding at one depth."""
+        if any(item.seq.sampling.draft_depth is not None for item in plan) or len(jobs) < len(plan):
+            return
+        self._last_depth = depth
+        if all(len(item.drafts) == job.depth == depth for item, job in zip(plan, jobs, strict=True)):
+            self.depth.observe(len(plan), depth, seconds)
+
+
+def _ended(
+    seq: Sequence, reason: FinishReason, stop_reason: str | None = None, error: str | None = None
+) -> Output:
+    return Output(
+        request_id=seq.request.request_id,
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        error=error,
+        stats=seq.stats,
+    )
+
+
+def _isolated(
+    run: Callable[[Seq[T]], Seq[R]], items: Seq[T]
+) -> tuple[list[tuple[T, R]], list[tuple[T, Exception]]]:
+    """Run all items together; if that fails, each alone. Results and failures with their items."""
+    if not items:
+        return [], []
+    try:
+        return list(zip(items, run(items), strict=True)), []
+    except Exception as error:  # anything may come out of kernels and constraints; see the module docstring
+        if len(items) == 1:
+            return [], [(items[0], error)]
+    results: list[tuple[T, R]] = []
+    failures: list[tuple[T, Exception]] = []
+    for item in items:
+        done, failed = _isolated(run, [item])
+        results += done
+        failures += failed
+    return results, failures

@@ -1,0 +1,201 @@
+"""The prefix cache: blocks of finished work, found again by their tokens.
+
+A tree whose nodes are blocks of `block_size` tokens, keyed by the tokens themselves, so there are no collisions.
+A node holds the full-attention block of its tokens. Full blocks alone cannot continue a sequence: sliding layers
+need their last window and the MTP modules the hidden states of the last token. A `Snapshot` holds those; it is
+kept at chosen nodes, costs references to blocks that exist anyway, and is what a request can continue from.
+Everything here can be evicted, least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stepflash.engine.kv_cache import FULL, SLIDING, KVCache
+
+# Evicting takes a walk over old nodes, so it frees a few blocks more than asked for.
+EVICTION_SLACK = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What continuing at a block boundary needs beside the full blocks.
+
+    Sliding blocks `block_ids`, the first being number `first` of the sequence; `carries[k - 1]` [1, hidden_size]
+    is what module k - 1 (0: the trunk) left at the last token.
+    """
+
+    first: int
+    block_ids: tuple[int, ...]
+    carries: tuple[Tensor, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One block of tokens after those of its ancestors; `depth` blocks in all. Roots have no block."""
+
+    token_ids: tuple[int, ...]
+    block_id: int
+    parent: Node | None
+    depth: int
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix that can be continued from; `miss` says in words why it is not longer."""
+
+    num_tokens: int
+    full: list[int]
+    snapshot: Snapshot | None
+    miss: str | None
+
+
+class PrefixCache:
+    """Holds blocks of the pools on its own account; `KVCache.evict` is this cache's `evict`."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._size = cache.block_size
+        # One tree per number of MTP modules: their keys are in the blocks, or are not.
+        self._roots: dict[int, Node] = {}
+        self._nodes: OrderedDict[Node, None] = OrderedDict()  # least recently used first
+        self._snapshots: OrderedDict[Node, None] = OrderedDict()
+        cache.evict = self.evict
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._nodes)
+
+    @property
+    def num_snapshots(self) -> int:
+        return len(self._snapshots)
+
+    def match(self, token_ids: Sequence[int], num_modules: int) -> Match:
+        """Longest cached prefix with a snapshot that leaves at least one token to compute."""
+        path, rest = self._walk(token_ids, num_modules)
+        usable = (len(token_ids) - 1) // self._size
+        found = [node for node in path[:usable] if node.snapshot is not None]
+        self._touch(path)
+        best = found[-1] if found else None
+        num_tokens = best.depth * self._size if best else 0
+        if best is not None:
+            self._snapshots.move_to_end(best)
+        miss = None if len(token_ids) - num_tokens <= self._size else self._explain(path, rest, num_tokens)
+        snapshot = best.snapshot if best else None
+        return Match(
+            num_tokens, [node.block_id for node in path[: best.depth if best else 0]], snapshot, miss
+        )
+
+    def insert(self, token_ids: Sequence[int], full: Sequence[int], num_modules: int) -> Node:
+        """Remember the full blocks of the first len(full) * block_size tokens; the deepest node."""
+        node = self._root(num_modules)
+        path = []
+        for depth, block_id in enumerate(full, 1):
+            key = tuple(token_ids[(depth - 1) * self._size : depth * self._size])
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = Node(key, block_id, node, depth)
+                self._cache.pools[FULL].hold((block_id,))
+            path.append(child)
+            node = child
+        self._touch(path)
+        return node
+
+    def add_snapshot(
+        self, node: Node, first: int, block_ids: Sequence[int], carries: tuple[Tensor, ...]
+    ) -> None:
+        """Make a node one that requests can continue from."""
+        if node.snapshot is None and node.depth:
+            self._cache.pools[SLIDING].hold(block_ids)
+            node.snapshot = Snapshot(first, tuple(block_ids), carries)
+            self._snapshots[node] = None
+
+    def evict(self, group: int, count: int) -> None:
+        """Give blocks back, least recently used first, until `count` are free or nothing more can go."""
+        pool = self._cache.pools[group]
+        if group == SLIDING:
+            while pool.num_free < count and self._snapshots:
+                self._drop_snapshot(next(iter(self._snapshots)))
+            return
+        for node in list(self._nodes):
+            if pool.num_free >= count + EVICTION_SLACK:
+                return
+            # A block that a sequence also holds would not become free.
+            if not node.children and pool.num_holders(node.block_id) == 1:
+                self._drop(node)
+
+    def clear(self) -> None:
+        for node in sorted(self._nodes, key=lambda n: n.depth, reverse=True):
+            self._drop(node)
+
+    def holders(self, group: int) -> Iterator[Sequence[int]]:
+        """What this cache holds in a pool, for the integrity check."""
+        if group == FULL:
+            yield [node.block_id for node in self._nodes]
+        else:
+            for node in self._snapshots:
+                assert node.snapshot is not None
+                yield node.snapshot.block_ids
+
+    def _root(self, num_modules: int) -> Node:
+        if num_modules not in self._roots:
+            self._roots[num_modules] = Node((), -1, None, 0)
+        return self._roots[num_modules]
+
+    def _walk(self, token_ids: Sequence[int], num_modules: int) -> tuple[list[Node], tuple[int, ...]]:
+        """The nodes that match, and the first block of tokens that does not."""
+        node = self._root(num_modules)
+        path: list[Node] = []
+        for start in range(0, len(token_ids), self._size):
+            key = tuple(token_ids[start : start + self._size])
+            child = node.children.get(key)
+            if child is None:
+                return path, key
+            path.append(child)
+            node = child
+        return path, ()
+
+    def _touch(self, path: Sequence[Node]) -> None:
+        """Mark a path as used, deepest node first, so that leaves go before what they hang on."""
+        for node in reversed(path):
+            self._nodes[node] = None
+            self._nodes.move_to_end(node)
+
+    def _explain(self, path: Sequence[Node], rest: tuple[int, ...], num_tokens: int) -> str:
+        last = path[-1] if path else None
+        parent = last or next((r for r in self._roots.values() if r.children), None)
+        if parent is None:
+            return "nothing is cached yet"
+        at = len(path) * self._size
+        common = max((_common(rest, key) for key in parent.children), default=0)
+        reason = ""
+        if rest and (parent.children or common):
+            reason = f"diverged at token {at + common}"
+        if num_tokens < at:
+            window = f"the windows at tokens {num_tokens + 1} to {at} are not kept"
+            reason = f"{reason}; {window}" if reason else window
+        return reason or f"no more than {at} tokens are cached"
+
+    def _drop(self, node: Node) -> None:
+        assert node.parent is not None
+        self._drop_snapshot(node)
+        del node.parent.children[node.token_ids]
+        del self._nodes[node]
+        self._cache.pools[FULL].release((node.block_id,))
+
+    def _drop_snapshot(self, node: Node) -> None:
+        if node.snapshot is not None:
+            self._cache.pools[SLIDING].release(node.snapshot.block_ids)
+            node.snapshot = None
+            del self._snapshots[node]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,115 @@
+"""Runs the network on what the scheduler planned. Reads sequences and never changes them.
+
+Whatever goes wrong here leaves every sequence as it was (the cache slots written belong to tokens that are not
+computed yet), so the engine can run the same plan again one sequence at a time to find the culprit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepflash.engine.attend import PagedAttention
+from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.kv_cache import KVCache
+from stepflash.engine.request import TokenLogprob
+from stepflash.engine.sampler import Row, Sampler
+from stepflash.engine.scheduler import Scheduled
+from stepflash.engine.sequence import Sequence
+from stepflash.engine.speculative import DraftJob, advance, num_accepted, rows_to_verify
+from stepflash.errors import EngineError
+from stepflash.model.transformer import Step3p5ForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkResult:
+    """What the trunk said about one scheduled sequence.
+
+    `token_ids`: accepted drafts and one more token; empty while the prompt is not finished. `hidden_states`
+    [tokens computed for good, hidden_size] are the trunk's, from slot `seq.num_computed` on.
+    """
+
+    seq: Sequence
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    num_drafts: int
+    num_accepted: int
+    hidden_states: Tensor
+
+
+class Runner:
+    """A model, its cache and its sampler."""
+
+    def __init__(
+        self, model: Step3p5ForCausalLM, cache: KVCache, sampler: Sampler, max_deferred: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.sampler = sampler
+        self._max_deferred = max_deferred
+
+    @torch.inference_mode()
+    def run_trunk(self, plan: Seq[Scheduled]) -> list[TrunkResult]:
+        """Compute the planned tokens, and choose tokens where a sequence's last known one was among them.
+
+        Raises:
+            EngineError: the logits of a sequence are not finite.
+        """
+        spans = [
+            Span(
+                item.seq.blocks,  # type: ignore[arg-type]
+                item.seq.num_computed,
+                [*item.seq.token_ids[item.seq.num_computed :][: item.num_tokens], *item.drafts],
+            )
+            for item in plan
+        ]
+        batch = build_batch(self.cache, spans)
+        hidden_states = self.model(
+            batch.input_ids, batch.positions, PagedAttention(self.model.config, self.cache, batch)
+        )
+        rows: list[Row] = []
+        row_indices: list[int] = []
+        for i, item in enumerate(plan):
+            if item.is_sampled:
+                rows += rows_to_verify(item.seq, item.drafts, self.sampler)
+                end = batch.cu_seqlens[i + 1]
+                row_indices += range(end - len(item.drafts) - 1, end)
+        chosen: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        if rows:
+            chosen_states = hidden_states
+            if len(rows) < batch.num_tokens:
+                chosen_states = hidden_states[torch.tensor(row_indices, device=hidden_states.device)]
+            choice = self.sampler.choose(self.model.compute_logits(chosen_states), rows)
+            if not all(choice.is_finite):
+                raise EngineError("the model produced logits that are not finite numbers")
+            chosen, logprobs = choice.token_ids, choice.logprobs
+        results, row = [], 0
+        for i, item in enumerate(plan):
+            start, end = batch.cu_seqlens[i], batch.cu_seqlens[i + 1]
+            if not item.is_sampled:
+                results.append(TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end]))
+                continue
+            count = len(item.drafts)
+            accepted = num_accepted(item.drafts, chosen[row : row + count])
+            kept = slice(row, row + accepted + 1)
+            results.append(
+                TrunkResult(
+                    item.seq,
+                    chosen[kept],
+                    [entry for entry in logprobs[kept] if entry is not None],
+                    count,
+                    accepted,
+                    hidden_states[start : end - count + accepted],
+                )
+            )
+            row += count + 1
+        return results
+
+    @torch.inference_mode()
+    def run_modules(self, jobs: Seq[DraftJob]) -> None:
+        """Advance the MTP modules of these jobs and fill in their drafts, states and carries."""
+        advance(self.model, self.cache, self.sampler, jobs, self._max_deferred)

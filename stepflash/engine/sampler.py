@@ -1,0 +1,230 @@
+"""From logits to a token: the same function for plain decoding, for drafts and for their verification.
+
+A token is argmax(logits / temperature + Gumbel noise), which samples the softmax exactly (Gumbel 1954; Maddison
+et al. 2014). The noise is a pure function of (seed, position, token id), so a seeded request gives the same
+tokens whatever else is in the batch, wherever chunks end, after a preemption and with any speculation depth: a
+draft is right if and only if it is the token that plain decoding takes. That is lossless speculation by
+coupling (Daliri, Musco, Suresh 2024, arXiv 2408.07978): drafts choose with the same noise from the draft
+distribution and are accepted with probability at least (1 - d) / (1 + d), d their total variation distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepflash.engine.request import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+@dataclass(slots=True, eq=False)
+class SamplerState:
+    """What sampling remembers of one request: its noise seed and, for penalties, which tokens occurred.
+
+    `counts` [vocab_size] float32 counts generated tokens; `in_prompt` [vocab_size] bool. Both are None without
+    penalties. `bias` is (token ids, values) or None.
+    """
+
+    params: SamplingParams
+    seed: int
+    counts: Tensor | None = None
+    in_prompt: Tensor | None = None
+    bias: tuple[Tensor, Tensor] | None = None
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """Count tokens that were emitted."""
+        if self.counts is not None:
+            for token_id in token_ids:
+                self.counts[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of logits to choose from.
+
+    `position` is where the chosen token will stand; `drafted` are unconfirmed tokens between what `state` has
+    counted and this row; `allowed` [vocab_size] bool or None. `logprobs` as in SamplingParams.
+    """
+
+    state: SamplerState
+    position: int
+    drafted: Sequence[int] = ()
+    allowed: Tensor | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Chosen token ids, one per row, and their log-probabilities where asked for.
+
+    `is_finite[i]` is False where row i holds NaN or nothing that may be chosen; its token means nothing.
+    """
+
+    token_ids: list[int]
+    is_finite: list[bool]
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+
+class Sampler:
+    """Chooses tokens below `vocab_limit`; rows of the logits beyond it have no token and are never chosen."""
+
+    def __init__(self, vocab_limit: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_limit = vocab_limit
+        self.device = torch.device(device)
+        self._stream = torch.arange(1, vocab_limit + 1, device=self.device) * _signed(_GOLDEN)
+
+    def state(self, params: SamplingParams, prompt_token_ids: Sequence[int], seed: int) -> SamplerState:
+        state = SamplerState(params, seed)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            state.counts = torch.zeros(self.vocab_limit, device=self.device)
+            state.in_prompt = torch.zeros(self.vocab_limit, dtype=torch.bool, device=self.device)
+            known = [i for i in prompt_token_ids if i < self.vocab_limit]
+            state.in_prompt[torch.tensor(known, dtype=torch.long, device=self.device)] = True
+        bias = {i: value for i, value in params.logit_bias.items() if 0 <= i < self.vocab_limit}
+        if bias:
+            ids = torch.tensor(list(bias), dtype=torch.long, device=self.device)
+            state.bias = ids, torch.tensor(list(bias.values()), device=self.device)
+        return state
+
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> Choice:
+        """Choose one token per row.
+
+        Args:
+            logits: [num_rows, vocab_size] float32, unprocessed; not changed.
+            rows: what applies to each row.
+        """
+        raw = logits
+        logits = logits[:, : self.vocab_limit]
+        changed = [i for i, row in enumerate(rows) if _is_changed(row)]
+        if changed:
+            logits = logits.clone()
+            for i in changed:
+                _apply(logits[i], rows[i])
+        sampled = [i for i, row in enumerate(rows) if row.state.params.temperature > 0.0]
+        if not sampled:
+            best, chosen = logits.max(dim=-1)
+        else:
+            # The largest logit of a row tells whether the row is usable; noise must not hide that.
+            best = logits.amax(dim=-1)
+            chosen = (
+                self._sample(logits, rows)
+                if len(sampled) == len(rows)
+                else self._choose_mixed(logits, rows, sampled)
+            )
+        token_ids: list[int] = chosen.tolist()
+        return Choice(
+            token_ids,
+            torch.isfinite(best).tolist(),
+            [_logprob(raw[i], token_ids[i], row.logprobs) for i, row in enumerate(rows)],
+        )
+
+    def _choose_mixed(self, logits: Tensor, rows: Sequence[Row], sampled: list[int]) -> Tensor:
+        chosen = logits.argmax(dim=-1)
+        index = torch.tensor(sampled, device=logits.device)
+        chosen[index] = self._sample(logits[index], [rows[i] for i in sampled])
+        return chosen
+
+    def _sample(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        params = [row.state.params for row in rows]
+        temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
+        scaled = filter_logits(logits / temperatures[:, None], params)
+        return (scaled + self.gumbel(rows)).argmax(dim=-1)
+
+    def gumbel(self, rows: Sequence[Row]) -> Tensor:
+        """Gumbel noise of each row: [num_rows, vocab_limit] float32.
+
+        Token i of a row takes output i + 1 of the splitmix64 stream (Steele et al. 2014) that starts at a mix
+        of seed and position; its upper 32 bits are the uniform number.
+        """
+        keys = [_signed(_mix(row.state.seed + _mix(row.position))) for row in rows]
+        x = self._stream + torch.tensor(keys, device=self.device)[:, None]
+        x ^= (x >> 30) & 0x3FFFFFFFF  # int64 shifts are arithmetic: the mask makes them logical
+        x *= _signed(_MIX_1)
+        x ^= (x >> 27) & 0x1FFFFFFFFF
+        x *= _signed(_MIX_2)
+        x ^= (x >> 31) & 0x1FFFFFFFF
+        uniform = (((x >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+        # -log1p(-u) keeps small exponentials, the winners, exact; below 1 or the rounding to 1 makes inf.
+        exponential = -torch.log1p(-uniform.clamp_(max=1.0 - 2.0**-24))
+        return -exponential.log()
+
+
+def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Top-k, then top-p of what is left, then min-p: [num_rows, vocab], removed tokens become -inf.
+
+    Ties at a threshold stay. The most likely token always stays.
+    """
+    vocab = scaled.shape[-1]
+    device = scaled.device
+    top_k = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
+    if (most := max((k for k in top_k if k < vocab), default=0)) > 0:
+        values = scaled.topk(most, dim=-1).values
+        index = torch.tensor([min(k, most) - 1 for k in top_k], device=device)[:, None]
+        threshold = values.gather(-1, index)
+        off = torch.tensor([k == vocab for k in top_k], device=device)[:, None]
+        scaled = scaled.masked_fill((scaled < threshold) & ~off, float("-inf"))
+    if any(p.top_p < 1.0 for p in params):
+        top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+        probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities  # mass of everything more likely
+        drop = (before >= top_p) & (top_p < 1.0)
+        drop[:, 0] = False
+        scaled = scaled.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), float("-inf"))
+    if any(p.min_p > 0.0 for p in params):
+        min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + min_p.log(), float("-inf"))
+    return scaled
+
+
+def _is_changed(row: Row) -> bool:
+    return row.allowed is not None or row.state.bias is not None or row.state.counts is not None
+
+
+def _apply(logits: Tensor, row: Row) -> None:
+    """Penalties as in the OpenAI and CTRL definitions, bias, then the mask; in place on [vocab_limit]."""
+    state, params = row.state, row.state.params
+    if state.counts is not None and state.in_prompt is not None:
+        counts = state.counts
+        if row.drafted:
+            counts = counts.clone()
+            for token_id in row.drafted:
+                counts[token_id] += 1
+        generated = counts > 0
+        if params.repetition_penalty != 1.0:
+            factor = torch.where(logits > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
+            logits.copy_(torch.where(generated | state.in_prompt, logits * factor, logits))
+        logits -= params.frequency_penalty * counts + params.presence_penalty * generated
+    if state.bias is not None:
+        logits[state.bias[0]] += state.bias[1]
+    if row.allowed is not None:
+        logits.masked_fill_(~row.allowed, float("-inf"))
+
+
+def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
+    if num_top is None:
+        return None
+    logprobs = logits.log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id=token_id, logprob=float(logprobs[token_id]), top=top)
+
+
+def _mix(x: int) -> int:
+    """The output function of splitmix64."""
+    x = (x + _GOLDEN) & _MASK64
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK64
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """An unsigned 64-bit number as the int64 of the same bits."""
+    x &= _MASK64
+    return x - (1 << 64) if x >> 63 else x

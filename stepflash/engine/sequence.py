@@ -1,0 +1,96 @@
+"""A request while the engine works on it: tokens, how many are computed, blocks, and its MTP state.
+
+There are no phases. A sequence has `token_ids` and drafts; `num_computed` of the tokens have keys and values.
+Prefill, decode and verification all mean: compute some of the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stepflash.engine.constraints import Constraint
+from stepflash.engine.kv_cache import SequenceBlocks
+from stepflash.engine.request import Request, RequestStats, SamplingParams
+from stepflash.engine.sampler import SamplerState
+
+
+@dataclass(slots=True, eq=False)
+class MtpState:
+    """How far each MTP module got; entry k - 1 is module k's.
+
+    `num_computed[k - 1]`: slots below it are in module k's cache. `pending[k - 1]`: what module k has yet to
+    read, hidden states of module k - 1 (the trunk for k = 1) from slot num_computed[k - 1] - 1 on, or None.
+    """
+
+    num_computed: list[int] = field(default_factory=list)
+    pending: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def at_start(cls, num_modules: int) -> MtpState:
+        """Nothing computed; the first slot of module k is k."""
+        return cls(list(range(1, num_modules + 1)), [None] * num_modules)
+
+    @classmethod
+    def at_boundary(cls, num_tokens: int, carries: tuple[Tensor, ...]) -> MtpState:
+        """After `num_tokens` tokens of a cached prefix; carries[k - 1] [1, hidden_size] is of the last one."""
+        return cls([num_tokens] * len(carries), list(carries))
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.num_computed)
+
+    def num_pending(self, module: int) -> int:
+        rows = self.pending[module - 1]
+        return 0 if rows is None else rows.shape[0]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request. `max_tokens` is what fits, `stop_ids` end it, `num_modules` MTP modules serve it."""
+
+    request: Request
+    sampler: SamplerState
+    constraint: Constraint | None
+    stop_ids: frozenset[int]
+    max_tokens: int
+    num_modules: int
+    arrival: int
+    submitted_at: float
+    token_ids: list[int]
+    stats: RequestStats
+    num_computed: int = 0
+    drafts: list[int] = field(default_factory=list)
+    # True where drafts came from the constraint and not from the modules.
+    drafts_are_forced: bool = False
+    blocks: SequenceBlocks | None = None
+    mtp: MtpState = field(default_factory=MtpState)
+    # Hidden states before each module at the last block boundary, for a snapshot when the sequence ends.
+    boundary: tuple[int, tuple[Tensor, ...]] | None = None
+    # Chance that draft k is right given that the ones before it are; a moving average.
+    acceptance: list[float] = field(default_factory=list)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens without keys and values; at least one while the sequence runs."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller runs earlier and is preempted later."""
+        return self.request.priority, self.arrival

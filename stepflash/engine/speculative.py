@@ -1,0 +1,332 @@
+"""Multi-token prediction at work: draft, verify, accept, and repair what wrong drafts left behind.
+
+In slot terms (see `kv_cache`) the chain of section 4.2 of the model's specification is a plain recurrence: module
+k at slot s reads token s and what module k - 1 left at slot s - 1, and predicts token s + 1. With N known tokens
+the trunk has computed slots 0 .. N - 2 and every module can be exact up to slot N - 1. `advance` runs each module
+once: over all slots that became exact since last time, overwriting what drafts had put there, and then over the
+k - 1 slots of the drafts so far, whose last one proposes draft k. Nothing is computed twice on known tokens, and
+the edges of prefill chunks need no special case.
+
+A module may be left behind when nobody wants its drafts; what it has to read waits in `MtpState.pending`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from stepflash.engine.attend import PagedAttention
+from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.constraints import Constraint, allows, as_tensor
+from stepflash.engine.kv_cache import KVCache
+from stepflash.engine.sampler import Row, Sampler
+from stepflash.engine.sequence import MtpState, Sequence
+from stepflash.model.transformer import Step3p5ForCausalLM
+
+
+class Walk:
+    """Leads a constraint along tokens that may turn out wrong, and back to where it was at the end."""
+
+    def __init__(self, constraint: Constraint | None, sampler: Sampler) -> None:
+        self._constraint = constraint
+        self._sampler = sampler
+        self._num_accepted = 0
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._constraint is not None and self._num_accepted:
+            self._constraint.rollback(self._num_accepted)
+
+    def allowed(self) -> Tensor | None:
+        """[vocab_limit] bool, or None when every token is allowed."""
+        if self._constraint is None:
+            return None
+        return as_tensor(self._constraint.mask(), self._sampler.vocab_limit, self._sampler.device)
+
+    def advance(self, token_id: int) -> bool:
+        """Follow a token; False, and no step, if the constraint forbids it."""
+        if self._constraint is None:
+            return True
+        if not allows(self._constraint.mask(), token_id):
+            return False
+        self._constraint.accept(token_id)
+        self._num_accepted += 1
+        return True
+
+
+def rows_to_verify(seq: Sequence, drafts: Seq[int], sampler: Sampler) -> list[Row]:
+    """What to choose after the last known token and after each draft, should the drafts before it be right."""
+    num_tokens = len(seq.token_ids)
+    rows = []
+    with Walk(seq.constraint, sampler) as walk:
+        allowed = walk.allowed()
+        for i in range(len(drafts) + 1):
+            rows.append(Row(seq.sampler, num_tokens + i, drafts[:i], allowed, seq.sampling.logprobs))
+            if i < len(drafts):
+                # Rows behind a draft that cannot be right are never used; they need no mask.
+                is_possible = allowed is None or bool(drafts[i] < allowed.shape[0] and allowed[drafts[i]])
+                if is_possible and drafts[i] not in seq.stop_ids and walk.advance(drafts[i]):
+                    allowed = walk.allowed()
+                else:
+                    allowed = None
+    return rows
+
+
+def num_accepted(drafts: Seq[int], chosen: Seq[int]) -> int:
+    """Drafts are right as long as each is the token that plain decoding chooses in its place.
+
+    Since `chosen` is what plain decoding chooses, the output is the same with any drafts; with Gumbel noise
+    fixed by position this holds for sampling too (see `sampler`).
+    """
+    return next((i for i, draft in enumerate(drafts) if draft != chosen[i]), len(drafts))
+
+
+@dataclass(slots=True, eq=False)
+class DraftJob:
+    """One sequence for `advance`; all that it changes is kept here until the engine commits it.
+
+    `hidden_states`: the trunk's, of the slots from where the sequence stood before this step to
+    `seq.num_computed` - 1. `depth` drafts are wanted. `must_advance` forbids leaving modules behind.
+    `snapshots` are block boundaries where a snapshot is wanted; `carries` has what they and the last boundary
+    need, where it could be had.
+    """
+
+    seq: Sequence
+    hidden_states: Tensor
+    depth: int
+    must_advance: bool = False
+    snapshots: frozenset[int] = frozenset()
+    drafts: list[int] = field(default_factory=list)
+    carries: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    mtp: MtpState = field(default_factory=MtpState)
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A job between modules: `rows` is what the next module reads, from slot `first` on.
+
+    Slots below `available` are exact in the module before; rows beyond belong to drafts.
+    """
+
+    job: DraftJob
+    walk: Walk
+    rows: Tensor | None
+    available: int
+    depth: int
+    num_tokens: int  # of the span that this module runs
+    feeds: list[tuple[int, Tensor | None]] = field(default_factory=list)
+
+
+def advance(
+    model: Step3p5ForCausalLM, cache: KVCache, sampler: Sampler, jobs: Seq[DraftJob], max_deferred: int
+) -> None:
+    """Bring the modules of each job up to date and propose drafts, one run per module for all jobs together.
+
+    A module that no draft needs is left behind until `max_deferred` slots are waiting.
+    """
+    with ExitStack() as stack:
+        works = []
+        for job in jobs:
+            seq = job.seq
+            walk = stack.enter_context(Walk(seq.constraint, sampler))
+            job.mtp = MtpState(list(seq.mtp.num_computed), list(seq.mtp.pending))
+            job.drafts, job.carries = [], {}
+            rows = _join(seq.mtp.pending[0], job.hidden_states) if seq.num_modules else None
+            works.append(_Work(job, walk, rows, seq.num_computed, job.depth, 0))
+        for module in range(1, max((job.seq.num_modules for job in jobs), default=0) + 1):
+            _run_module(model, cache, sampler, works, module, max_deferred)
+    for work in works:
+        _keep_carries(work, cache.block_size)
+
+
+def _run_module(
+    model: Step3p5ForCausalLM,
+    cache: KVCache,
+    sampler: Sampler,
+    works: Seq[_Work],
+    module: int,
+    max_deferred: int,
+) -> None:
+    spans: list[Span] = []
+    inputs: list[Tensor] = []
+    active: list[_Work] = []
+    for work in works:
+        seq, mtp = work.job.seq, work.job.mtp
+        if seq.num_modules < module:
+            continue
+        start = mtp.num_computed[module - 1]
+        end = max(start, min(seq.num_computed, work.available) + 1)  # slots below are exact after this run
+        token_ids = seq.token_ids[start:end]
+        if work.depth >= module:
+            token_ids += work.job.drafts[max(0, start - len(seq.token_ids)) : module - 1]
+        wanted = work.depth >= module or work.job.must_advance or end - start >= max_deferred
+        work.num_tokens = len(token_ids) if wanted else 0
+        if not work.num_tokens:
+            work.depth = min(work.depth, module - 1)
+        work.job.mtp.pending[module - 1] = _exact_rows(work, start, end if work.num_tokens else start)
+        work.feeds.append((start, work.rows if work.num_tokens else None))
+        if work.num_tokens:
+            assert work.rows is not None
+            mtp.num_computed[module - 1] = end
+            spans.append(Span(seq.blocks, start, token_ids))  # type: ignore[arg-type]
+            inputs.append(work.rows[: work.num_tokens])
+            active.append(work)
+    outputs: list[Tensor] = []
+    if active:
+        batch = build_batch(cache, spans, shift=module)
+        hidden_states = model.mtp_forward(
+            module,
+            batch.input_ids,
+            inputs[0] if len(inputs) == 1 else torch.cat(inputs),
+            batch.positions,
+            PagedAttention(model.config, cache, batch),
+        )
+        outputs = list(torch.split(hidden_states, [work.num_tokens for work in active]))
+        _draft(model, sampler, active, outputs, module)
+    after = dict(zip(map(id, active), outputs, strict=True))
+    for work in works:
+        mtp = work.job.mtp
+        if work.job.seq.num_modules > module:
+            work.rows = _join(mtp.pending[module], after.get(id(work)))
+            work.available = mtp.num_computed[module - 1]
+
+
+def _draft(
+    model: Step3p5ForCausalLM, sampler: Sampler, active: Seq[_Work], outputs: Seq[Tensor], module: int
+) -> None:
+    """Propose draft `module` for every job that wants it."""
+    drafting = [(work, out) for work, out in zip(active, outputs, strict=True) if work.depth >= module]
+    if not drafting:
+        return
+    logits = model.mtp_compute_logits(module, torch.cat([out[-1:] for _, out in drafting]))
+    rows = [
+        Row(
+            work.job.seq.sampler,
+            len(work.job.seq.token_ids) + module - 1,
+            tuple(work.job.drafts),
+            work.walk.allowed(),
+        )
+        for work, _ in drafting
+    ]
+    choice = sampler.choose(logits, rows)
+    for (work, _), draft, is_finite in zip(drafting, choice.token_ids, choice.is_finite, strict=True):
+        if not is_finite:
+            work.depth = module - 1
+            continue
+        work.job.drafts.append(draft)
+        # Nothing follows a stop token, and a constraint is not led beyond it.
+        if draft in work.job.seq.stop_ids or not work.walk.advance(draft):
+            work.depth = module
+
+
+def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:
+    """What the module still has to read of exact states, for slots `end` and up."""
+    if work.rows is None:
+        return None
+    rows = work.rows[end - start : work.available - (start - 1)]
+    return rows.clone() if rows.shape[0] else None
+
+
+def _keep_carries(work: _Work, block_size: int) -> None:
+    """At each wanted boundary P: the states of slot P - 1 that the modules read for slot P."""
+    last = work.job.seq.num_computed // block_size * block_size
+    for boundary in work.job.snapshots | {last}:
+        carries = []
+        for start, rows in work.feeds:
+            if rows is None or not 0 <= boundary - start < rows.shape[0]:
+                break
+            carries.append(rows[boundary - start : boundary - start + 1].clone())
+        if len(carries) == work.job.seq.num_modules:
+            work.job.carries[boundary] = tuple(carries)
+
+
+def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.cat((first, second))
+
+
+@dataclass(slots=True)
+class _Cost:
+    seconds: float = math.nan
+    num_samples: int = 0
+
+
+class DepthController:
+    """Chooses the speculation depth of a step from measured acceptance and measured step times.
+
+    Steps are timed per depth and number of sequences (in powers of two), so whatever depth really costs, extra
+    experts and dispatch included, is in the number. The depth with most expected tokens per second wins; the
+    others are measured again now and then, because contexts grow and machines get busy.
+    """
+
+    WARM_UP_SAMPLES = 3
+    PROBE_INTERVAL = 64
+    DECAY = 0.2
+
+    def __init__(self, max_depth: int) -> None:
+        self.max_depth = max_depth
+        # Prior for new sequences; follows what is measured slowly.
+        self.acceptance = [0.6] * max_depth
+        self._costs: dict[tuple[int, int], _Cost] = {}
+        self._num_choices = 0
+        self._probe = 0
+        self._is_probing = 0
+
+    def choose(self, acceptances: Seq[Seq[float]]) -> int:
+        """Depth for a step of sequences with these chances (see `Sequence.acceptance`)."""
+        if not acceptances or not self.max_depth:
+            return 0
+        bucket = len(acceptances).bit_length()
+        costs = [self._costs.setdefault((bucket, d), _Cost()) for d in range(self.max_depth + 1)]
+        for depth in range(self.max_depth, -1, -1):
+            if costs[depth].num_samples < self.WARM_UP_SAMPLES:
+                return depth
+        self._num_choices += 1
+        if self._num_choices % self.PROBE_INTERVAL == 0:
+            self._probe = (self._probe + 1) % (self.max_depth + 1)
+            self._is_probing = 3
+        if self._is_probing:
+            self._is_probing -= 1
+            return self._probe
+        rates = [
+            sum(expected_tokens(chances, depth) for chances in acceptances) / costs[depth].seconds
+            for depth in range(self.max_depth + 1)
+        ]
+        return max(range(self.max_depth + 1), key=rates.__getitem__)
+
+    def observe(self, num_seqs: int, depth: int, seconds: float) -> None:
+        """A step in which each of `num_seqs` sequences verified `depth` drafts and proposed as many."""
+        cost = self._costs.setdefault((num_seqs.bit_length(), depth), _Cost())
+        cost.num_samples += 1
+        # The first run pays for allocations; after it, a moving average that a hiccup cannot spoil for long.
+        if cost.num_samples <= 2:
+            cost.seconds = seconds
+        else:
+            cost.seconds += self.DECAY * (min(seconds, 3 * cost.seconds) - cost.seconds)
+
+    def accept(self, acceptance: list[float], num_drafts: int, num_accepted: int) -> None:
+        """Update a sequence's chances, and the prior, after one verification."""
+        for k in range(min(num_drafts, num_accepted + 1)):
+            outcome = float(k < num_accepted)
+            acceptance[k] += 0.1 * (outcome - acceptance[k])
+            self.acceptance[k] += 0.02 * (outcome - self.acceptance[k])
+
+
+def expected_tokens(acceptance: Seq[float], depth: int) -> float:
+    """Tokens per step: one, and each draft with the chance that it and all before it are right."""
+    total = chance = 1.0
+    for k in range(depth):
+        chance *= acceptance[k]
+        total += chance
+    return total
