@@ -55,10 +55,11 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is safe to show, and whether a stop string was found (then nothing follows)."""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # The one that is complete first, so that the result does not depend on how the text was cut.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False

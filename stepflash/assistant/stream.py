@@ -11,8 +11,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from stepflash.chat.messages import (
     ContentDelta,
@@ -23,6 +22,7 @@ from stepflash.chat.messages import (
     ReasoningDelta,
     ToolCall,
     ToolCallArguments,
+    ToolCallEnd,
     ToolCallStart,
 )
 from stepflash.engine.request import TokenLogprob
@@ -101,11 +101,12 @@ class Answer:
 
 @dataclass(slots=True)
 class Fold:
-    """Collects a stream; usable at any moment, also of a stream that was stopped."""
+    """Collects a stream; usable at any moment. A call that a stopped stream left unfinished is left out."""
 
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[AnswerToolCall] = field(default_factory=list)
+    num_complete_calls: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
@@ -122,9 +123,12 @@ class Fold:
             case ContentDelta(text):
                 self.content.append(text)
             case ToolCallStart(_, id, name):
-                self.calls.append({"id": id, "name": name, "arguments": ""})
+                self.calls.append(AnswerToolCall(id=id, name=name, arguments=""))
             case ToolCallArguments(index, fragment):
-                self.calls[index]["arguments"] += fragment
+                call = self.calls[index]
+                self.calls[index] = replace(call, arguments=call.arguments + fragment)
+            case ToolCallEnd(index):
+                self.num_complete_calls = index + 1
             case Finish(reason):
                 self.finish_reason = reason
 
@@ -134,7 +138,7 @@ class Fold:
             usage=self.usage,
             content="".join(self.content) or None,
             reasoning="".join(self.reasoning) or None,
-            tool_calls=tuple(AnswerToolCall(**call) for call in self.calls),
+            tool_calls=tuple(self.calls[: self.num_complete_calls]),
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
         )

@@ -127,7 +127,7 @@ def read_body(raw: bytes, body_type: type[BodyType]) -> BodyType:
         return body_type.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = _field_path(first["loc"], data)
+        param = _field_path(first["loc"], data, is_missing=first["type"] == "missing")
         raise RequestError(f"{param}: {first['msg'].lower()}", param=param) from None
 
 
@@ -214,18 +214,17 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     return result
 
 
-def _field_path(loc: tuple[int | str, ...], data: Any) -> str:
+def _field_path(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> str:
     """The dotted path of a field; the names that pydantic gives to members of a union are left out."""
     path: list[str] = []
-    for step in loc:
-        if isinstance(data, list) and isinstance(step, int) and step < len(data):
+    for step in loc[:-1] if is_missing else loc:
+        is_there = (isinstance(data, list) and isinstance(step, int) and step < len(data)) or (
+            isinstance(data, dict) and step in data
+        )
+        if is_there:
             data = data[step]
-        elif isinstance(data, dict) and (step in data or not path or step == loc[-1]):
-            data = data.get(step)
-        else:
-            continue
-        path.append(str(step))
-    return ".".join(path)
+            path.append(str(step))
+    return ".".join([*path, str(loc[-1])] if is_missing else path)
 
 
 def _json_type(value: Any) -> str:

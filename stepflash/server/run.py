@@ -42,7 +42,9 @@ def run_server(app: ASGIApp, settings: ServerSettings, model_name: str) -> int:
     )
     print(f"stepflash: serving {model_name} at http://{shown_host}:{port}", file=sys.stderr, flush=True)
     if not settings.api_keys and host not in ("127.0.0.1", "::1"):
-        print("stepflash: warning: anyone who reaches this address can use it; see --api-key", file=sys.stderr)
+        print(
+            "stepflash: warning: anyone who reaches this address can use it; see --api-key", file=sys.stderr
+        )
     _Server(config).run(sockets=[listener])
     return 0
 

@@ -1,0 +1,577 @@
+"""The OpenAI API end to end over HTTP, with a scripted engine behind it."""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepflash.assistant.session import Session
+from stepflash.server.app import create_app
+from stepflash.settings import ServerSettings
+from tests.scripted_engine import END, engine_of, scripted_session
+
+HELLO = [{"role": "user", "content": "hello"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALL = "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
+THOUGHT_AND_ANSWER = "Let me think\n</think>\nHi there" + END
+
+
+def client_of(session: Session, **options: Any) -> TestClient:
+    return TestClient(create_app(session, "scripted", settings=ServerSettings(**options)))
+
+
+def chat(text: str, *, bursts: tuple[int, ...] = (4,), **body: Any) -> Any:
+    client = client_of(scripted_session(text, bursts=bursts))
+    return client.post("/v1/chat/completions", json={"model": "scripted", "messages": HELLO, **body})
+
+
+def frames(response: Any) -> list[dict[str, Any]]:
+    """The data frames of a streamed reply, which must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def fold_chunks(chunks: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What a client makes of chunks: the messages by choice, written here independently of the server."""
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            choice = choices.setdefault(
+                part["index"],
+                {"content": "", "reasoning": "", "calls": {}, "finish_reason": None, "logprobs": []},
+            )
+            delta = part["delta"]
+            choice["content"] += delta.get("content") or ""
+            choice["reasoning"] += delta.get("reasoning_content") or ""
+            for call in delta.get("tool_calls", []):
+                if "id" in call:
+                    assert call["type"] == "function"
+                    assert call["function"]["arguments"] == ""
+                    choice["calls"][call["index"]] = [call["id"], call["function"]["name"], ""]
+                else:
+                    choice["calls"][call["index"]][2] += call["function"]["arguments"]
+            if part["logprobs"]:
+                choice["logprobs"] += part["logprobs"]["content"]
+            assert choice["finish_reason"] is None, "nothing may follow the finish reason"
+            choice["finish_reason"] = part["finish_reason"]
+    return choices
+
+
+def test_chat_completion() -> None:
+    response = chat(THOUGHT_AND_ANSWER)
+    assert response.status_code == 200
+    body = response.json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "scripted"
+    (choice,) = body["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Hi there",
+        "refusal": None,
+        "reasoning_content": "Let me think",
+    }
+    assert choice["finish_reason"] == "stop"
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens"] == 24
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 14
+    # 24 tokens in 6 bursts of 4, so 3 accepted drafts each.
+    assert usage["completion_tokens_details"]["accepted_draft_tokens"] == 18
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 1
+
+
+ANSWERS = st.sampled_from(
+    [
+        THOUGHT_AND_ANSWER,
+        "only a thought" + END,
+        "t\n</think>\n" + CALL + END,
+        "t\n</think>\nfirst " + CALL + " then " + CALL + END,
+        "t</think>\u5317\u4eac \U0001f680 <b>" + END,
+        "cut off",
+        END,
+    ]
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=ANSWERS, bursts=st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_the_stream_adds_up_to_the_whole_reply(text: str, bursts: list[int]) -> None:
+    whole = chat(text, bursts=tuple(bursts), tools=TOOLS, logprobs=True).json()
+    streamed = chat(
+        text,
+        bursts=tuple(bursts),
+        tools=TOOLS,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    chunks = frames(streamed)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant"}
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == whole["usage"]
+    folded = fold_chunks(chunks)[0]
+    message = whole["choices"][0]["message"]
+    assert folded["content"] == (message["content"] or "")
+    assert folded["reasoning"] == message.get("reasoning_content", "")
+    assert [call[1:] for call in folded["calls"].values()] == [
+        [call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])
+    ]
+    for _, _, arguments in folded["calls"].values():
+        assert isinstance(json.loads(arguments), dict)
+    assert folded["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert folded["logprobs"] == (whole["choices"][0]["logprobs"] or {"content": []})["content"]
+
+
+def test_tool_call_of_the_whole_reply() -> None:
+    (choice,) = chat("t\n</think>\n" + CALL + END, tools=TOOLS).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["id"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert choice["message"]["content"] is None
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_tools_are_rendered_as_sent_and_tool_results_follow() -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER)
+    arguments = '{"city": "Oslo", "days": 2}'
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Oslo"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "look it up", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+    ]
+    body = {"model": "scripted", "messages": messages, "tools": TOOLS}
+    assert client_of(session).post("/v1/chat/completions", json=body).status_code == 200
+    prompt = session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids)
+    assert "<|im_start|>system\nBe brief.\n\n# Tools" in prompt
+    assert json.dumps(TOOLS[0]) in prompt
+    assert (
+        "<|im_start|>user\nOslo?<|im_end|>\n<|im_start|>assistant\n<think>\nlook it up\n</think>\n" in prompt
+    )
+    assert (
+        "<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n2\n</parameter>"
+        in prompt
+    )
+    assert "<tool_response>rain</tool_response>" in prompt
+
+
+def test_sampling_parameters_reach_the_engine() -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER)
+    given_body = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.1,
+        "seed": 7,
+        "stop": ["x"],
+        "presence_penalty": 1,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"5": -100},
+        "max_tokens": 9,
+        "max_completion_tokens": 11,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "draft_depth": 2,
+    }
+    body = {"messages": HELLO, **given_body}
+    assert client_of(session).post("/v1/chat/completions", json=body).status_code == 200
+    sampling = engine_of(session).requests[0].sampling
+    expected = {**given_body, "stop": ("x",), "logit_bias": {5: -100.0}, "max_tokens": 11, "logprobs": 3}
+    del expected["max_completion_tokens"], expected["top_logprobs"]
+    assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+def test_large_max_tokens_is_clamped_not_refused() -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER, max_context_tokens=200)
+    body = {"messages": HELLO, "max_tokens": 128_000}
+    assert client_of(session).post("/v1/chat/completions", json=body).status_code == 200
+    request = engine_of(session).requests[0]
+    assert request.sampling.max_tokens == 200 - len(request.prompt_token_ids)
+
+
+def test_several_choices_share_the_prompt() -> None:
+    session = scripted_session("a\n</think>\none" + END, "b\n</think>\ntwo" + END, bursts=[2])
+    client = client_of(session)
+    whole = client.post("/v1/chat/completions", json={"messages": HELLO, "n": 2, "seed": 3}).json()
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["one", "two"]
+    requests = engine_of(session).requests
+    assert whole["usage"]["prompt_tokens"] == len(requests[0].prompt_token_ids)
+    assert {request.sampling.seed for request in requests} == {3, 4}
+    streamed = client.post("/v1/chat/completions", json={"messages": HELLO, "n": 2, "stream": True})
+    folded = fold_chunks(frames(streamed))
+    assert {index: choice["content"] for index, choice in folded.items()} == {0: "one", 1: "two"}
+
+
+def test_logprobs_cover_every_token() -> None:
+    (choice,) = chat("t</think>h\u00fc" + END, logprobs=True, top_logprobs=2).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in content) == "t</think>h\u00fc".encode()
+    assert content[0]["token"] == "t"
+    assert content[0]["logprob"] == -0.25
+    assert len(content[0]["top_logprobs"]) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"thinking": {"type": "disabled"}},
+    ],
+)
+def test_thinking_can_be_switched_off(body: dict[str, Any]) -> None:
+    session = scripted_session("Hi" + END)
+    reply = client_of(session).post("/v1/chat/completions", json={"messages": HELLO, **body}).json()
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
+    prompt = session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids)
+    assert prompt.endswith("<think>\n\n</think>\n")
+
+
+@pytest.mark.parametrize(
+    ("tool_choice", "prefill"),
+    [
+        ("required", "<tool_call>\n<function=weather>\n"),
+        ({"type": "function", "function": {"name": "weather"}}, "<tool_call>\n<function=weather>\n"),
+    ],
+)
+def test_a_demanded_call_is_forced(tool_choice: Any, prefill: str) -> None:
+    rest = "<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>" + END
+    session = scripted_session(rest)
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": tool_choice}
+    (choice,) = client_of(session).post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    assert session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids).endswith(prefill)
+
+
+def test_tool_choice_none_offers_no_tools() -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER)
+    body = {"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}
+    client_of(session).post("/v1/chat/completions", json=body)
+    assert "# Tools" not in session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids)
+
+
+def test_parallel_tool_calls_false_gives_one() -> None:
+    reply = chat("t\n</think>\n" + CALL + CALL + END, tools=TOOLS, parallel_tool_calls=False).json()
+    assert len(reply["choices"][0]["message"]["tool_calls"]) == 1
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+ERRORS: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"model": "other"}, 404, "model"),
+    ({"model": 3}, 400, "model"),
+    ({"messages": []}, 400, "messages"),
+    ({"messages": "hello"}, 400, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "messages.0.content.0.type",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages.0.content.0"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            ]
+        },
+        400,
+        "messages.0.tool_calls.0.function.arguments",
+    ),
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"),
+    ({"max_tokens": "9"}, 400, "max_tokens"),
+    ({"temperature": -1}, 400, "temperature"),
+    ({"temperature": True}, 400, "temperature"),
+    ({"top_p": 2}, 400, "top_p"),
+    ({"top_k": -2}, 400, "top_k"),
+    ({"n": 0}, 400, "n"),
+    ({"n": 10_000}, 400, "n"),
+    ({"seed": 10**30}, 400, "seed"),
+    ({"stop": [""]}, 400, "stop"),
+    ({"stop": 3}, 400, "stop"),
+    ({"stop": [str(i) for i in range(17)]}, 400, "stop"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"1": 1000}}, 400, "logit_bias"),
+    ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
+    ({"top_logprobs": 2}, 400, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "logprobs"),
+    ({"stream": "yes"}, 400, "stream"),
+    ({"tools": {}}, 400, "tools"),
+    ({"tools": ["f"]}, 400, "tools.0"),
+    ({"tools": [{"type": "web_search"}]}, 400, "tools.0.type"),
+    ({"tools": [{"type": "function"}]}, 400, "tools.0.function"),
+    ({"tools": [{"type": "function", "function": {}}]}, 400, "tools.0.function.name"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+        400,
+        "tools.0.function.parameters",
+    ),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"tools": [FUNCTION], "tool_choice": "sometimes"}, 400, "tool_choice"),
+    ({"tools": [FUNCTION], "tool_choice": {"function": {"name": "g"}}}, 400, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"reasoning_effort": "huge"}, 400, "reasoning_effort"),
+    ({"audio": {"voice": "x"}}, 400, "audio"),
+    ({"modalities": ["audio"]}, 400, "modalities"),
+    ({"web_search_options": {}}, 400, "web_search_options"),
+    ({"functions": [{"name": "f"}]}, 400, "functions"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param"), ERRORS)
+def test_errors_name_the_field(body: dict[str, Any], status: int, param: str | None) -> None:
+    response = chat(THOUGHT_AND_ANSWER, **body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "verbosity": "low"},
+        {"prompt_cache_key": "k", "prediction": None, "safety_identifier": "s", "unknown_field": [1]},
+        {
+            "modalities": ["text"],
+            "response_format": {"type": "text"},
+            "functions": [],
+            "function_call": "none",
+        },
+        {"stop": None, "temperature": None, "max_tokens": None, "n": None, "tools": [], "logprobs": False},
+        {"reasoning": {"effort": "high", "enabled": False}, "reasoning_effort": "high", "top_k": -1},
+    ],
+)
+def test_harmless_fields_are_accepted(body: dict[str, Any]) -> None:
+    assert chat(THOUGHT_AND_ANSWER, **body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b"[1]",
+        b"null",
+        b'"x"',
+        b"3",
+        b"\xff\xfe",
+        b'{"messages": NaN}',
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    ],
+    ids=lambda raw: repr(raw[:20]),
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_bad_json_is_a_client_error(raw: bytes, path: str) -> None:
+    response = client_of(scripted_session("x")).post(path, content=raw)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_prompt_that_does_not_fit() -> None:
+    client = client_of(scripted_session("x", max_context_tokens=20))
+    response = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 20 tokens" in error["message"]
+
+
+def test_an_engine_error_before_and_in_a_stream() -> None:
+    client = client_of(scripted_session("abcdef", error="NaN logits", error_after=3))
+    response = client.post("/v1/chat/completions", json={"messages": HELLO})
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "NaN logits"
+    streamed = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+    assert streamed.status_code == 200
+    assert frames(streamed)[-1]["error"]["type"] == "server_error"
+
+
+def test_a_body_beyond_the_limit_is_refused() -> None:
+    client = client_of(scripted_session("x"), max_body_bytes=1000)
+    assert client.post("/v1/chat/completions", content=b" " * 1001).status_code == 413
+
+
+def test_unknown_routes_and_methods_have_the_error_body() -> None:
+    client = client_of(scripted_session("x"))
+    for response, status in ((client.get("/v2"), 404), (client.get("/v1/chat/completions"), 405)):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+# Text completions
+
+
+def test_completion_whole_and_streamed() -> None:
+    client = client_of(scripted_session(" world</think>" + END, bursts=[3]))
+    body = {"model": "scripted", "prompt": "hello", "max_tokens": 50, "logprobs": 1}
+    whole = client.post("/v1/completions", json=body).json()
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (" world</think>", "stop")
+    assert "".join(choice["logprobs"]["tokens"]) == " world</think>"
+    chunks = frames(client.post("/v1/completions", json={**body, "stream": True}))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " world</think>"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    tokens = [c["choices"][0]["logprobs"]["tokens"] for c in chunks if c["choices"][0]["logprobs"]]
+    assert list(itertools.chain(*tokens)) == choice["logprobs"]["tokens"]
+
+
+def test_completion_of_several_prompts() -> None:
+    session = scripted_session("a" + END, "b" + END, "c" + END, "d" + END)
+    body = {"prompt": ["p", "q"], "n": 2, "echo": True}
+    reply = client_of(session).post("/v1/completions", json=body).json()
+    assert [choice["text"] for choice in reply["choices"]] == ["pa", "pb", "qc", "qd"]
+    # Two prompts of bos and one letter, each counted once.
+    assert reply["usage"]["prompt_tokens"] == 4
+
+
+def test_completion_of_token_ids() -> None:
+    session = scripted_session("a" + END)
+    assert client_of(session).post("/v1/completions", json={"prompt": [5, 6, 7]}).status_code == 200
+    assert engine_of(session).requests[0].prompt_token_ids == (5, 6, 7)
+    assert engine_of(session).requests[0].sampling.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [100_000]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "best_of": 3}, "best_of"),
+        ({"prompt": "x", "logprobs": -1}, "logprobs"),
+    ],
+)
+def test_completion_errors(body: dict[str, Any], param: str) -> None:
+    response = client_of(scripted_session("x")).post("/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+# Everything else that the server has
+
+
+def test_models() -> None:
+    client = client_of(scripted_session("x", max_context_tokens=1234))
+    listing = client.get("/v1/models").json()
+    assert [model["id"] for model in listing["data"]] == ["scripted"]
+    assert client.get("/v1/models/scripted").json()["max_model_len"] == 1234
+    assert client.get("/v1/models/other").status_code == 404
+
+
+def test_health_generates_a_token() -> None:
+    session = scripted_session("x")
+    assert client_of(session).get("/health").json()["status"] == "ok"
+    assert [request.sampling.max_tokens for request in engine_of(session).requests] == [1]
+    broken = client_of(scripted_session("x", error="no")).get("/health")
+    assert (broken.status_code, broken.json()["status"]) == (503, "no")
+
+
+def test_metrics_count() -> None:
+    client = client_of(scripted_session(THOUGHT_AND_ANSWER, bursts=[4]))
+    client.post("/v1/chat/completions", json={"messages": HELLO})
+    client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+    client.post("/v1/chat/completions", json={"messages": []})
+    text = client.get("/metrics").text
+    assert 'stepflash_requests_total{route="/v1/chat/completions",status="200"} 2' in text
+    assert 'stepflash_requests_total{route="/v1/chat/completions",status="400"} 1' in text
+    assert 'stepflash_tokens_total{kind="generated"} 48' in text
+    assert "stepflash_running_answers 0" in text
+    assert "stepflash_first_token_seconds_count 2" in text
+    assert "stepflash_engine_num_free_blocks 7.0" in text
+
+
+def test_the_page_is_served() -> None:
+    client = client_of(scripted_session("x"))
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    for name in ("chat.js", "chat.css"):
+        assert f"page/{name}" in page.text
+        assert client.get(f"/page/{name}").status_code == 200
+    assert client.get("/page/none.js").status_code == 404
+    assert client.get("/page/..%2fapp.py").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/page/chat.js", "/v1/models", "/metrics", "/openapi.json", "/nothing"]
+)
+def test_keys_guard_every_route_but_health(path: str) -> None:
+    client = client_of(scripted_session("x"), api_keys=("first", "s\u00e9cond"))
+    assert client.get("/health").status_code == 200
+    expected = client.get(path, headers={"authorization": "Bearer first"}).status_code
+    assert expected in (200, 404)
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}, {"x-api-key": ""}):
+        assert client.get(path, headers=headers).status_code == 401
+    for headers in (
+        {b"x-api-key": b"first"},
+        {b"authorization": "Bearer s\u00e9cond".encode()},
+        {b"authorization": b"Basic dTpmaXJzdA=="},  # u:first
+    ):
+        assert client.get(path, headers=headers).status_code == expected
+
+
+def test_a_client_that_leaves_aborts_its_request() -> None:
+    """Over plain ASGI, where the moment of leaving can be chosen; streamed and not."""
+    for stream in (True, False):
+        session = scripted_session("long " * 1000, pause=0.001)
+        app = create_app(session, "scripted")
+        body = json.dumps({"messages": HELLO, "stream": stream}).encode()
+        asyncio.run(asyncio.wait_for(_leave_after_three(app, body, session), 10))
+        assert engine_of(session).aborted == [engine_of(session).requests[0].request_id]
+
+
+async def _leave_after_three(app: Any, body: bytes, session: Session) -> None:
+    messages: Iterator[dict[str, Any]] = iter([{"type": "http.request", "body": body, "more_body": False}])
+    leaving = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        for message in messages:
+            return message
+        await leaving.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "headers": [],
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }
+    serving = asyncio.create_task(app(scope, receive, send))
+    while not engine_of(session).requests:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    leaving.set()
+    await serving
