@@ -6,7 +6,8 @@ the other side. No torch here, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -113,3 +114,67 @@ class Finish:
 
 
 Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedMessage:
+    """A whole answer. What is empty is None, so that "no thought" and "an empty thought" are one."""
+
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: FinishReason = "stop"
+
+    def as_message(self) -> Message:
+        """The message to append to the conversation."""
+        return Message(
+            role="assistant", content=self.content or "", reasoning=self.reasoning, tool_calls=self.tool_calls
+        )
+
+
+def join_events(events: Iterable[Event]) -> list[Event]:
+    """The same events with neighbouring pieces of one text joined: what does not depend on how it arrived."""
+    joined: list[Event] = []
+    for event in events:
+        last = joined[-1] if joined else None
+        match (last, event):
+            case (ReasoningDelta(before), ReasoningDelta(text)):
+                joined[-1] = ReasoningDelta(before + text)
+            case (ContentDelta(before), ContentDelta(text)):
+                joined[-1] = ContentDelta(before + text)
+            case (ToolCallArguments(index, before), ToolCallArguments(other, text)) if index == other:
+                joined[-1] = ToolCallArguments(index, before + text)
+            case _:
+                joined.append(event)
+    return joined
+
+
+def fold_events(events: Iterable[Event]) -> ParsedMessage:
+    """The whole answer that a stream of events tells in pieces."""
+    reasoning: list[str] = []
+    content: list[str] = []
+    starts: list[ToolCallStart] = []
+    fragments: list[list[str]] = []
+    finish_reason: FinishReason = "stop"
+    for event in events:
+        match event:
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case ContentDelta(text):
+                content.append(text)
+            case ToolCallStart():
+                starts.append(event)
+                fragments.append([])
+            case ToolCallArguments(index, fragment):
+                fragments[index].append(fragment)
+            case Finish(reason):
+                finish_reason = reason
+    return ParsedMessage(
+        reasoning="".join(reasoning) or None,
+        content="".join(content) or None,
+        tool_calls=tuple(
+            ToolCall(id=start.id, name=start.name, arguments=json.loads("".join(parts)))
+            for start, parts in zip(starts, fragments, strict=True)
+        ),
+        finish_reason=finish_reason,
+    )
