@@ -51,6 +51,7 @@ class AnswerView {
     this.node = element("article", "answer");
     this.thought = this.body = null;
     this.calls = [];
+    this.footer = this.node.appendChild(element("div", "foot"));
     $("messages").append(this.node);
   }
 
@@ -58,14 +59,14 @@ class AnswerView {
     if (message.reasoning_content && !this.thought) {
       this.thought = element("details", "thought", element("summary", "", "Thinking"), element("div"));
       this.thought.open = true;
-      this.node.append(this.thought);
+      this.footer.before(this.thought);
     }
     if (this.thought) this.thought.lastChild.textContent = message.reasoning_content;
     if (message.content) {
       if (!this.body) {
         this.fold();
         this.body = element("div", "text");
-        this.node.append(this.body);
+        this.footer.before(this.body);
       }
       this.body.replaceChildren(...markdown(message.content));
     }
@@ -73,7 +74,7 @@ class AnswerView {
       if (!this.calls[index]) {
         this.fold();
         this.calls[index] = element("details", "call", element("summary"), element("pre"));
-        this.node.append(this.calls[index]);
+        this.footer.before(this.calls[index]);
       }
       const [summary, pre] = this.calls[index].children;
       summary.textContent = call.function.name;
@@ -94,7 +95,6 @@ class AnswerView {
   }
 
   foot(...children) {
-    this.footer ??= this.node.appendChild(element("div", "foot"));
     this.footer.replaceChildren(...children);
   }
 }
@@ -235,7 +235,7 @@ async function answer(signal) {
     const isStop = error.name === "AbortError";
     reason = isStop ? "stopped" : "error";
     const note = element("span", isStop ? "" : "error", isStop ? "stopped" : error.message);
-    following(() => view.foot(...(usage ? [`${speed(usage, firstAt)} \u00b7 `] : []), note));
+    following(() => view.foot(...(usage ? [speed(usage, firstAt)] : []), note));
     // A call that was cut has no valid arguments; an empty answer is no message.
     delete message.tool_calls;
     if (!message.content && !message.reasoning_content) conversation.pop();
@@ -284,10 +284,7 @@ function offerAgain(view) {
     respond();
   };
   for (const button of document.querySelectorAll(".foot button")) button.remove();
-  following(() => {
-    if (!view.footer) view.foot();
-    view.footer.append(copy, again);
-  });
+  following(() => view.footer.append(copy, again));
 }
 
 // ---- the controls
