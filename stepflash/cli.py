@@ -12,13 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from stepflash.errors import StepflashError
 from stepflash.settings import DEFAULT_MODEL, DTYPES, EngineSettings, ServerSettings, did_you_mean, is_debug
-
-if TYPE_CHECKING:
-    from stepflash.engine.request import SamplingParams
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 MODEL_HELP = f"a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r} (the default)"
@@ -98,10 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(chat)
     chat.set_defaults(run=_chat)
 
+    server = ServerSettings()
     serve = commands.add_parser("serve", help="serve the OpenAI API and a chat page")
     _add_model(serve)
-    serve.add_argument("--host", default=ServerSettings.host, help="address to listen on (%(default)s)")
-    serve.add_argument("--port", type=int, default=ServerSettings.port, help="port, 0 for any (%(default)s)")
+    serve.add_argument("--host", default=server.host, help="address to listen on (%(default)s)")
+    serve.add_argument("--port", type=int, default=server.port, help="port, 0 for any (%(default)s)")
     serve.add_argument(
         "--api-key",
         action="append",
@@ -176,19 +175,18 @@ def _engine_settings(args: argparse.Namespace) -> EngineSettings:
     return EngineSettings(dtype=args.dtype, max_num_seqs=args.max_num_seqs, kv_cache_gb=args.kv_cache_gb)
 
 
-def _sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
-    """The model's own sampling parameters, with those of the command line over them."""
-    from dataclasses import replace
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters of the command line, checked before a model is loaded."""
+    from stepflash.engine.request import SamplingParams
 
     names = ("temperature", "top_p", "top_k", "seed", "draft_depth")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return replace(defaults, max_tokens=args.max_tokens, **given)
+    given["max_tokens"] = args.max_tokens
+    SamplingParams(**given)
+    return given
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from stepflash.assistant.local import open_session
-    from stepflash.terminal_generate import run_generate
-
     prompt = args.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -196,11 +194,16 @@ def _generate(args: argparse.Namespace) -> int:
         prompt = sys.stdin.read()
     if args.raw and (args.system or args.no_thinking):
         raise UsageError("--raw has no chat template, so --system and --no-thinking do not apply")
-    with open_session(args.model, _engine_settings(args)) as local:
+    engine_settings, sampling = _engine_settings(args), _sampling(args)
+
+    from stepflash.assistant.local import open_session
+    from stepflash.terminal_generate import run_generate
+
+    with open_session(args.model, engine_settings) as local:
         run_generate(
             local.session,
             prompt,
-            _sampling(args, local.sampling),
+            replace(local.sampling, **sampling),
             model_name=args.model,
             system=args.system,
             is_raw=args.raw,
@@ -211,13 +214,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    engine_settings, sampling = _engine_settings(args), _sampling(args)
+
     from stepflash.assistant.local import open_session
     from stepflash.terminal_chat import run_chat
 
-    with open_session(args.model, _engine_settings(args)) as local:
+    with open_session(args.model, engine_settings) as local:
         run_chat(
             local.session,
-            _sampling(args, local.sampling),
+            replace(local.sampling, **sampling),
             model_name=args.model,
             system=args.system,
             is_thinking=not args.no_thinking,
@@ -226,15 +231,17 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    engine_settings = _engine_settings(args)
+    settings = ServerSettings(host=args.host, port=args.port, api_keys=tuple(args.api_key))
+
     from stepflash.assistant.local import open_session
     from stepflash.server.app import create_app
-    from stepflash.server.run import run_server
+    from stepflash.server.run import listen, run_server
 
-    settings = ServerSettings(host=args.host, port=args.port, api_keys=tuple(args.api_key))
-    with open_session(args.model, _engine_settings(args)) as local:
+    with listen(settings) as listener, open_session(args.model, engine_settings) as local:
         name = args.served_model_name or local.name
         app = create_app(local.session, name, settings=settings, defaults=local.sampling)
-        return run_server(app, settings, name)
+        return run_server(app, listener, settings, name)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -111,15 +111,17 @@ class Session:
         """Answer a conversation; `answer(prepare(...))`."""
         return self.answer(self.prepare(conversation, sampling))
 
-    async def answer(self, prompt: Prompt) -> AsyncGenerator[StreamItem]:
-        """Submit a prepared prompt and yield its stream; closing the stream aborts the request.
+    def answer(self, prompt: Prompt) -> AsyncGenerator[StreamItem]:
+        """Submit a prepared prompt and return its stream; closing the stream aborts the request.
 
         Raises:
-            EngineError: the engine failed while running this request.
+            RequestError: the engine refuses the request, now.
+            EngineError: the engine failed while running it; raised by the stream.
         """
-        request = prompt.request
+        return self._read(prompt, self.engine.submit(prompt.request))
+
+    async def _read(self, prompt: Prompt, outputs: AsyncIterator[Output]) -> AsyncGenerator[StreamItem]:
         reader = AnswerReader(prompt, self.tokenizer)
-        outputs = self.engine.submit(request)
         is_running = True
         try:
             async for output in outputs:
@@ -130,7 +132,7 @@ class Session:
                     break
         finally:
             if is_running:
-                self.engine.abort(request.request_id)
+                self.engine.abort(prompt.request.request_id)
         if not reader.is_finished:
             raise EngineError("the engine ended the request without a result")
 

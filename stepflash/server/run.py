@@ -6,6 +6,7 @@ second ends at once. Both are a success: the exit status is 0.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from types import FrameType
@@ -25,13 +26,24 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(app: ASGIApp, settings: ServerSettings, model_name: str) -> int:
-    """Serve until a signal comes.
+def listen(settings: ServerSettings) -> socket.socket:
+    """Take the port; done before the model is loaded, so that a mistake shows at once.
 
     Raises:
         ConfigError: the address cannot be listened on.
     """
-    listener = _listen(settings)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --port or --host"
+        ) from None
+
+
+def run_server(app: ASGIApp, listener: socket.socket, settings: ServerSettings, model_name: str) -> int:
+    """Serve until a signal comes."""
     host, port = listener.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
@@ -47,14 +59,3 @@ def run_server(app: ASGIApp, settings: ServerSettings, model_name: str) -> int:
         )
     _Server(config).run(sockets=[listener])
     return 0
-
-
-def _listen(settings: ServerSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"cannot listen on {settings.host} port {settings.port}: {reason}; choose another --port or --host"
-        ) from None

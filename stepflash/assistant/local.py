@@ -1,0 +1,94 @@
+"""A session over a model on this machine: everything from a name to something that answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepflash.assistant.session import Session
+from stepflash.chat.template import ChatTemplate
+from stepflash.chat.tokenizer import Tokenizer
+from stepflash.engine.engine import Engine
+from stepflash.engine.llm import LLM
+from stepflash.engine.request import SamplingParams
+from stepflash.errors import ConfigError, RequestError
+from stepflash.model.config import ModelConfig
+from stepflash.settings import EngineSettings
+from stepflash.weights.hub import resolve_model
+
+# Models up to this size run in float32 by default: they are fast enough, and nothing is lost to rounding.
+FLOAT32_PARAMETERS = 500_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalModel:
+    """A running model: how to talk to it, what to call it, and how its maker samples from it."""
+
+    session: Session
+    name: str
+    sampling: SamplingParams
+
+
+@contextlib.contextmanager
+def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
+    """Load a model and run its engine until the block ends.
+
+    Raises:
+        WeightsError, ConfigError: the model or a setting cannot be used; before anything large is read if
+            tokenizer, template or configuration are at fault.
+    """
+    path = resolve_model(model)
+    config = ModelConfig.from_pretrained(path)
+    tokenizer = Tokenizer.from_pretrained(path)
+    tokenizer.check_vocab(config.vocab_size)
+    template = ChatTemplate.from_pretrained(path, tokenizer)
+    sampling = default_sampling(path)
+    dtype = settings.dtype
+    if dtype is None:
+        dtype = "float32" if config.num_parameters(trunk=False) <= FLOAT32_PARAMETERS else "bfloat16"
+    options: dict[str, Any] = {
+        "max_num_seqs": settings.max_num_seqs,
+        "kv_cache_bytes": settings.kv_cache_bytes,
+    }
+    llm = LLM(
+        path,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        chat_template=template,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    with Engine(llm.core) as engine:
+        session = Session(engine, tokenizer, template, max_context_tokens=llm.core.max_model_len)
+        yield LocalModel(session=session, name=_name(model, path), sampling=sampling)
+
+
+def default_sampling(path: Path) -> SamplingParams:
+    """How the model's generation_config.json says to sample; `do_sample` false means greedy.
+
+    Raises:
+        ConfigError: the file holds values that cannot be used.
+    """
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return SamplingParams(max_tokens=None)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON ({error})") from None
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    if values.get("do_sample") is False:
+        given["temperature"] = 0.0
+    try:
+        return SamplingParams(max_tokens=None, **given)
+    except (RequestError, TypeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _name(model: str, path: Path) -> str:
+    """What clients call it: what the user typed, or the name of the folder or file it is."""
+    return path.resolve().name if Path(model).expanduser().exists() else model
