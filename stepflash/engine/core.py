@@ -25,7 +25,7 @@ from stepflash.engine.sampler import Sampler
 from stepflash.engine.scheduler import Scheduled, Scheduler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.engine.speculative import DepthController, DraftJob
-from stepflash.errors import ConfigError, PromptTooLong, QueueFull, RequestError, StepflashError
+from stepflash.errors import ConfigError, EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class EngineConfig:
     """How much the engine may do at once. Sizes in tokens unless named otherwise.
 
     `kv_cache_bytes` None sizes the cache for `max_num_seqs` full contexts, 4 GiB at most. `vocab_limit`: ids
-    from there on have no token. `snapshot_interval`: a window snapshot is kept every so many prompt tokens.
+    from there on have no token. `snapshot_interval`: a window snapshot is kept every so many tokens.
     """
 
     max_num_seqs: int = 16
@@ -135,6 +135,8 @@ class EngineCore:
         self._sequences: dict[str, Sequence] = {}
         self._num_arrivals = 0
         self._last_depth = 0
+        self._slots = config.max_num_seqs
+        self._mean_seconds = 1.0  # of a request, from its start to its end
         self._counters = dict.fromkeys(("steps", "finished", "prompt", "computed_prompt", "generated"), 0)
         self._drafted = [0] * self.num_modules
         self._accepted = [0] * self.num_modules
@@ -143,8 +145,8 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def check(self, request: Request) -> None:
+        """Refuse what can never run. Changes nothing, so any thread may call it.
 
         Raises:
             PromptTooLong: no room for a single token of output in the context.
@@ -165,8 +167,7 @@ class EngineCore:
             raise RequestError(f"request id {request.request_id!r} is already running", param="request_id")
         if len(prompt) >= self.max_model_len:
             raise PromptTooLong(len(prompt), self.max_model_len - 1)
-        room = self.cache.capacity_tokens - len(prompt)
-        if room < 1:
+        if len(prompt) >= self.cache.capacity_tokens:
             raise RequestError(
                 f"the prompt of {len(prompt)} tokens can never fit: the KV cache of {self.cache.total_bytes} "
                 f"bytes holds {self.cache.capacity_tokens} tokens of one sequence; "
@@ -174,8 +175,20 @@ class EngineCore:
                 code="context_length_exceeded",
             )
         if len(self.scheduler.waiting) >= self.config.max_waiting:
-            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting already", 1.0)
-        sampling = request.sampling
+            num_waiting = len(self.scheduler.waiting)
+            raise QueueFull(
+                f"{num_waiting} requests are waiting already", self._mean_seconds * num_waiting / self._slots
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: and its kinds, see `check`.
+        """
+        self.check(request)
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        room = self.cache.capacity_tokens - len(prompt)
         depth = self.num_modules if sampling.draft_depth is None else sampling.draft_depth
         num_modules = min(depth, self.num_modules)
         stop_ids = frozenset(sampling.stop_token_ids)
@@ -202,12 +215,20 @@ class EngineCore:
         seq = self._sequences.get(request_id)
         return None if seq is None else self._finish(_ended(seq, "abort"))
 
+    def fail_all(self, error: BaseException) -> list[Output]:
+        """End every request with an error; the engine itself is as new afterwards."""
+        return [self._fail(seq, error) for seq in list(self._sequences.values())]
+
     def step(self) -> list[Output]:
         """Run one step and return what it brought. Empty when there is nothing to do."""
         start = time.perf_counter()
         outputs = self._expire(start)
         plan = self.scheduler.schedule(start)
         if not plan:
+            if self.scheduler.waiting and not self.scheduler.running and not outputs:
+                # Cannot happen: `check` lets in only what fits when it is alone. Better an error than a hang.
+                stuck = self.scheduler.waiting[0]
+                outputs.append(self._fail(stuck, EngineError("the request does not fit into the KV cache")))
             return outputs
         self._counters["steps"] += 1
         results, failures = _isolated(self.runner.run_trunk, plan)
@@ -387,12 +408,13 @@ class EngineCore:
 
     def _snapshots(self, seq: Sequence, before: int) -> frozenset[int]:
         """Block boundaries in the slots just computed where a snapshot is worth its windows."""
-        if self.prefix is None or before >= seq.num_prompt_tokens - 1:
+        if self.prefix is None:
             return frozenset()
         size, interval = self.config.block_size, self.config.snapshot_interval
-        # The end of the prompt leaves one token to compute, for a request with the same prompt.
-        wanted = [*seq.request.cut_points, seq.num_prompt_tokens - 1]
-        wanted += range(interval, seq.num_prompt_tokens, interval)
+        wanted = list(range((before // interval + 1) * interval, seq.num_computed + 1, interval))
+        if before < seq.num_prompt_tokens - 1:
+            # The end of the prompt leaves one token to compute, for a request with the same prompt.
+            wanted += [*seq.request.cut_points, seq.num_prompt_tokens - 1]
         return frozenset(p for p in (cut - cut % size for cut in wanted) if before < p <= seq.num_computed)
 
     def _run_modules(self, jobs: Seq[DraftJob]) -> Seq[DraftJob]:
@@ -454,6 +476,8 @@ class EngineCore:
         self.scheduler.remove(seq)
         seq.mtp = MtpState()
         self._counters["finished"] += 1
+        if seq.started_at is not None:
+            self._mean_seconds += 0.1 * (time.perf_counter() - seq.started_at - self._mean_seconds)
         return output
 
     def _fail(self, seq: Sequence, error: BaseException) -> Output:

@@ -175,7 +175,7 @@ class PrefixCache:
         at = len(path) * self._size
         common = max((_common(rest, key) for key in parent.children), default=0)
         reason = ""
-        if rest and (parent.children or common):
+        if parent.children and common < len(rest):
             reason = f"diverged at token {at + common}"
         if num_tokens < at:
             window = f"the windows at tokens {num_tokens + 1} to {at} are not kept"

@@ -1,0 +1,178 @@
+"""The engine thread and its asyncio face.
+
+One thread owns the `EngineCore` and everything in it. Other threads put commands into its inbox; outputs go back
+to the event loop that submitted the request, one call per step and loop. Nothing else is shared. The thread
+survives every exception: what cannot be attributed to a request ends those that were running, no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from stepflash.engine.core import EngineCore, EngineStats
+from stepflash.engine.request import Output, Request
+from stepflash.errors import EngineError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+# What a stream receives: outputs, or why its request was refused.
+_Stream = asyncio.Queue[Output | BaseException]
+
+
+class Engine:
+    """Serves requests from any number of event loops. Close it when done; it is also a context manager."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, _Stream]] = {}
+        self._stats = core.stats()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="stepflash-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> AsyncIterator[Output]:
+        """Check a request at once; it runs when the returned iterator is first awaited.
+
+        Closing or cancelling the iterator before its last output aborts the request.
+
+        Raises:
+            RequestError: and its kinds, see `EngineCore.check`; the iterator may raise them too.
+            EngineError: the engine is closed.
+        """
+        if self._is_closed:
+            raise EngineError("the engine is closed")
+        self._core.check(request)
+        return self._stream(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the top of the next step; nothing happens if it is not running."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """As of the end of the last step."""
+        return self._stats
+
+    def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
+        """Run a function on the engine thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self._core))
+            except Exception as error:  # belongs to the caller, who gets it from the future
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        """Abort what runs and end the thread. May be called twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._inbox.put(None)
+        self._thread.join(timeout_seconds)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def _stream(self, request: Request) -> AsyncIterator[Output]:
+        stream: _Stream = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._inbox.put(lambda: self._add(request, loop, stream))
+        is_running = True
+        try:
+            while is_running:
+                item = await stream.get()
+                if isinstance(item, BaseException):
+                    is_running = False
+                    raise item
+                is_running = item.finish_reason is None
+                yield item
+        finally:
+            if is_running:
+                self.abort(request.request_id)
+
+    # Everything below runs on the engine thread.
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._handle_inbox():
+                    break
+                if self._core.has_work:
+                    self._send(self._core.step())
+                self._stats = self._core.stats()
+            except Exception as error:  # the thread must survive; see the module docstring
+                logger.exception("the engine step failed")
+                self._send(self._core.fail_all(error))
+        self._send(self._core.fail_all(EngineError("the engine was closed")))
+        self._stats = self._core.stats()
+
+    def _handle_inbox(self) -> bool:
+        """Do what others asked for; waits while there is nothing else to do. False to end."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self._core.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            # Idle gauges must not be older than what happened to the last request.
+            self._stats = self._core.stats()
+
+    def _add(self, request: Request, loop: asyncio.AbstractEventLoop, stream: _Stream) -> None:
+        if request.request_id in self._streams:
+            error = EngineError(f"request id {request.request_id!r} is already running")
+            _call(loop, lambda: stream.put_nowait(error))
+            return
+        try:
+            self._core.add(request)
+        except Exception as refusal:
+            _call(loop, lambda refusal=refusal: stream.put_nowait(refusal))  # type: ignore[misc]
+            return
+        self._streams[request.request_id] = loop, stream
+
+    def _abort(self, request_id: str) -> None:
+        output = self._core.abort(request_id)
+        if output is not None:
+            self._send([output])
+
+    def _send(self, outputs: list[Output]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]] = {}
+        for output in outputs:
+            if output.request_id not in self._streams:
+                continue
+            loop, stream = self._streams[output.request_id]
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+            by_loop.setdefault(loop, []).append((stream, output))
+        for loop, items in by_loop.items():
+            if not _call(loop, lambda items=items: _put_all(items)):  # type: ignore[misc]
+                for _, output in items:
+                    self._streams.pop(output.request_id, None)
+                    self._core.abort(output.request_id)
+
+
+def _put_all(items: list[tuple[_Stream, Output]]) -> None:
+    for stream, output in items:
+        stream.put_nowait(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:
+    """Run a function in an event loop; False if the loop is gone, and its requests with it."""
+    try:
+        loop.call_soon_threadsafe(function)
+    except RuntimeError:
+        return False
+    return True

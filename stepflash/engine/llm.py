@@ -1,0 +1,324 @@
+"""`LLM`: the engine for scripts. Text or token ids in, finished answers out, on the calling thread.
+
+It loads the model, tokenizer and chat template and drives an `EngineCore` itself; `Engine(llm.core)` serves the
+same core from a thread. Text is the business of this file alone: stop strings and half characters are handled
+here, the core sees token ids.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from stepflash.engine.core import EngineConfig, EngineCore, EngineStats
+from stepflash.engine.request import FinishReason, Output, Request, RequestStats, SamplingParams, TokenLogprob
+from stepflash.errors import ConfigError
+from stepflash.model.transformer import Step3p5ForCausalLM
+
+if TYPE_CHECKING:
+    from stepflash.chat.messages import Message, Tool
+    from stepflash.chat.template import ChatTemplate
+    from stepflash.chat.tokenizer import Detokenizer, Tokenizer
+
+# Prompts given to the core at once: enough to fill any batch, few enough to stay cheap to order.
+FEED_AHEAD = 256
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """A finished answer. `text` ends before the stop string or stop token; `token_ids` has them all.
+
+    `message` is the parsed answer of `chat`, None after `generate`.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    stats: RequestStats = field(default_factory=RequestStats)
+    error: str | None = None
+    message: Message | None = None
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: "nano", a folder, a .gguf file, a hub id, or a network that is already there.
+        dtype: of the weights; "bfloat16" or "float32". Ignored for a network.
+        quantization: a weight format to convert to while loading, see `stepflash.weights.load`.
+        tokenizer, chat_template: instead of the checkpoint's own.
+        kv_dtype: of the KV cache; None is the weights'.
+        others: see `EngineConfig`.
+    Raises:
+        WeightsError, ConfigError: the checkpoint or a setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Step3p5ForCausalLM = "nano",
+        *,
+        dtype: str | torch.dtype = "bfloat16",
+        quantization: str | None = None,
+        device: str = "cpu",
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
+        kv_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        **engine_options: Any,
+    ) -> None:
+        if not isinstance(model, Step3p5ForCausalLM):
+            path, model = _load(model, dtype, quantization, device)
+            if tokenizer is None:
+                tokenizer = _load_tokenizer(path)
+            if chat_template is None and tokenizer is not None:
+                from stepflash.chat.template import ChatTemplate
+
+                chat_template = ChatTemplate.from_pretrained(path)
+        elif quantization is not None:
+            raise ConfigError("quantization happens while loading; it cannot be applied to a network object")
+        unknown = sorted(set(engine_options) - set(EngineConfig.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(EngineConfig.__dataclass_fields__)
+            raise ConfigError(f"unknown option {unknown[0]!r} of LLM; there are {known}")
+        if tokenizer is not None:
+            engine_options.setdefault("vocab_limit", tokenizer.vocab_size)
+            engine_options.setdefault("eos_token_ids", tuple(sorted(tokenizer.eos_token_ids)))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.core = EngineCore(model, EngineConfig(kv_dtype=kv_dtype, seed=seed, **engine_options))
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; results in the order of the prompts.
+
+        Args:
+            prompts: texts or lists of token ids, or a single one. Text gets the bos token in front.
+            sampling_params: one for all, or one per prompt; the defaults otherwise.
+            progress: show a progress bar if stderr is a terminal.
+        Raises:
+            RequestError: a prompt can never run; raised before anything does.
+        """
+        token_lists = [self._encode(prompt) for prompt in _as_list(prompts)]
+        return self._run([(ids, ()) for ids in token_lists], sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]] | Sequence[Sequence[Message | Mapping[str, Any]]],
+        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several; `message` of each result is the parsed answer.
+
+        Messages and tools are those of the OpenAI chat format, or `stepflash.chat` values.
+
+        Raises:
+            RequestError: the template refuses a conversation, or it does not fit.
+        """
+        from stepflash.chat.messages import Tool, fold_events
+        from stepflash.chat.parser import OutputParser
+
+        template = self.chat_template
+        if template is None:
+            raise ConfigError("this LLM has no chat template; pass chat_template=")
+        known = [tool if isinstance(tool, Tool) else Tool(definition=tool) for tool in tools or ()]
+        many = messages and not isinstance(messages[0], Mapping) and isinstance(messages[0], Sequence)
+        conversations = cast("Sequence[Sequence[Any]]", messages if many else [messages])
+        prompts, opens_thought = [], []
+        for conversation in conversations:
+            rendered = template.render(conversation, tools=known, add_generation_prompt=True)
+            prompts.append(self._tokenizer().encode_with_cuts(rendered.text, rendered.cut_points))
+            opens_thought.append(rendered.text.rstrip().endswith("<think>"))
+        outputs = self._run(prompts, sampling_params, progress)
+        for output, in_reasoning in zip(outputs, opens_thought, strict=True):
+            parser = OutputParser(tuple(known), in_reasoning=in_reasoning)
+            events = parser.push(output.text) + parser.finish(output.finish_reason or "stop")
+            output.message = fold_events(events).as_message()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return self.core.stats()
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[list[int], tuple[int, ...]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(sampling_params)} sampling_params")
+        requests = [
+            Request(
+                request_id=f"llm-{next(self._ids)}",
+                prompt_token_ids=tuple(token_ids),
+                sampling=sampling,
+                cut_points=cuts,
+            )
+            for (token_ids, cuts), sampling in zip(prompts, sampling_params, strict=True)
+        ]
+        for request in requests:
+            self.core.check(request)
+        answers = {request.request_id: _Answer(request, self.tokenizer) for request in requests}
+        with self._lock, _progress_bar(progress) as bar:
+            task = bar.add_task("generating", total=len(requests), rate="")
+            self._drive(requests, answers, lambda done, rate: bar.update(task, completed=done, rate=rate))
+        return [answers[request.request_id].output for request in requests]
+
+    def _drive(
+        self, requests: Sequence[Request], answers: Mapping[str, _Answer], show: Callable[[int, str], None]
+    ) -> None:
+        waiting = list(reversed(requests))
+        num_done = num_tokens = 0
+        start = time.perf_counter()
+        try:
+            while num_done < len(requests):
+                while waiting and len(self.core.scheduler.waiting) < FEED_AHEAD:
+                    self.core.add(waiting.pop())
+                for output in self.core.step():
+                    answer = answers.get(output.request_id)
+                    if answer is None or answer.is_finished():
+                        continue
+                    num_tokens += len(output.token_ids)
+                    answer.push(output)
+                    if answer.is_finished():
+                        num_done += 1
+                        if output.finish_reason is None:
+                            self.core.abort(output.request_id)
+                show(num_done, f"{num_tokens / (time.perf_counter() - start):.1f} tok/s")
+        finally:
+            # Nothing is left unless this was interrupted.
+            for request in requests:
+                self.core.abort(request.request_id)
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(i) for i in prompt]
+        tokenizer = self._tokenizer()
+        token_ids = tokenizer.encode(prompt)
+        bos = tokenizer.bos_token_id
+        return token_ids if bos is None or token_ids[:1] == [bos] else [bos, *token_ids]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError("this LLM has no tokenizer; pass tokenizer= or give token ids")
+        return self.tokenizer
+
+
+class _Answer:
+    """One answer while it grows: its text, and where a stop string cuts it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        sampling = request.sampling
+        self.output = RequestOutput(prompt_token_ids=list(request.prompt_token_ids))
+        if sampling.logprobs is not None:
+            self.output.logprobs = []
+        if sampling.stop and tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer; pass tokenizer= or use stop_token_ids")
+        self._stop = sampling.stop
+        self._stop_ids = set(sampling.stop_token_ids)
+        if tokenizer is not None and not sampling.ignore_eos:
+            self._stop_ids |= tokenizer.eos_token_ids
+        self._detokenizer: Detokenizer | None = tokenizer.detokenizer() if tokenizer else None
+
+    def is_finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def push(self, output: Output) -> None:
+        """Take the news of one step, token by token so that nothing behind a stop string is kept."""
+        answer = self.output
+        if output.stats is not None:
+            answer.stats = output.stats
+        for i, token_id in enumerate(output.token_ids):
+            answer.token_ids.append(token_id)
+            if answer.logprobs is not None:
+                answer.logprobs.append(output.logprobs[i])
+            is_last = i == len(output.token_ids) - 1 and output.finish_reason == "stop"
+            if not (is_last and token_id in self._stop_ids) and self._detokenizer is not None:
+                self._add_text(self._detokenizer.push((token_id,)))
+            if self.is_finished():
+                return
+        if output.finish_reason is not None:
+            if self._detokenizer is not None:
+                self._add_text(self._detokenizer.flush())
+            if not self.is_finished():
+                answer.finish_reason = output.finish_reason
+                answer.stop_reason = output.stop_reason
+            answer.error = output.error
+
+    def _add_text(self, text: str) -> None:
+        answer = self.output
+        before = len(answer.text)
+        answer.text += text
+        found = []
+        for stop in self._stop:
+            at = answer.text.find(stop, max(0, before - len(stop) + 1))
+            if at >= 0:
+                found.append((at, stop))
+        if found:
+            at, stop = min(found)
+            answer.text = answer.text[:at]
+            answer.finish_reason, answer.stop_reason = "stop", stop
+
+
+def _load(
+    model: str | Path, dtype: str | torch.dtype, quantization: str | None, device: str
+) -> tuple[Path, Step3p5ForCausalLM]:
+    from stepflash.weights.hub import resolve_model
+    from stepflash.weights.load import load_model
+
+    path = resolve_model(model)
+    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
+    return path, load_model(path, dtype=dtype, device=device, **options)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer | None:
+    """The checkpoint's tokenizer; a folder of bare weights has none, and token ids still work."""
+    from stepflash.chat.tokenizer import Tokenizer
+
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_pretrained(path)
+
+
+def _as_list(prompts: str | Sequence[Any]) -> list[Any]:
+    """One prompt, as text or as token ids, is a list of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def _progress_bar(wanted: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not (wanted and sys.stderr.isatty()),
+    )
