@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stepflash.errors import ConfigError
+from stepflash.model import cost
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MODEL_TYPES = ("step3p5", "step3p5_text", "step3p7", "step3p7_text")
@@ -143,8 +144,6 @@ class ModelConfig:
 
     def num_parameters(self, trunk: bool = True) -> int:
         """Parameters of the trunk with both embeddings, or of the whole checkpoint with its MTP modules."""
-        from stepflash.model import cost
-
         modules = 0 if trunk else self.num_mtp_layers
         return cost.num_trunk_parameters(self) + sum(
             cost.num_mtp_parameters(self, k) for k in range(1, modules + 1)
@@ -152,20 +151,14 @@ class ModelConfig:
 
     def num_active_parameters(self) -> int:
         """Parameters that the trunk multiplies for one token, LM head included, embedding lookup not."""
-        from stepflash.model import cost
-
         return cost.num_active_parameters(self)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
         """Bytes of keys and values that each further token of a sequence costs in the full-attention layers."""
-        from stepflash.model import cost
-
         return cost.kv_bytes_per_token(self, DTYPE_BYTES[dtype])
 
     def kv_bytes_per_sequence(self, dtype: str = "bfloat16", mtp: bool = False) -> int:
         """Bytes of keys and values of the full windows of the trunk's sliding layers, and of the MTP modules'."""
-        from stepflash.model import cost
-
         return cost.kv_bytes_per_sequence(self, DTYPE_BYTES[dtype], mtp=mtp)
 
 

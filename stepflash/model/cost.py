@@ -6,7 +6,10 @@ from the layer shapes, so the numbers hold for any checkpoint of the architectur
 
 from __future__ import annotations
 
-from stepflash.model.config import LayerConfig, ModelConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepflash.model.config import LayerConfig, ModelConfig
 
 
 def num_attention_parameters(config: ModelConfig, layer: LayerConfig) -> int:

@@ -1,0 +1,49 @@
+# Each target sets up what it needs: a virtual environment, the package, the native kernels.
+# On a machine with a GPU choose your own PyTorch: make serve TORCH=torch
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+MODEL ?= nano
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+BIN = $(VENV)/bin
+
+.PHONY: serve chat test lint check bench train clean help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ :/'
+
+$(VENV)/.runtime: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable .
+	$(BIN)/python -m stepflash.kernels.build
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.runtime
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+serve: $(VENV)/.runtime  ## serve MODEL (default: nano) at http://127.0.0.1:8000
+	$(BIN)/stepflash serve $(MODEL)
+
+chat: $(VENV)/.runtime  ## chat with MODEL in the terminal
+	$(BIN)/stepflash chat $(MODEL)
+
+test: $(VENV)/.development  ## all tests that need nothing but this machine
+	$(BIN)/pytest
+
+lint: $(VENV)/.development  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## what a change must pass
+
+bench: $(VENV)/.runtime  ## decode and prefill speed of MODEL on this machine
+	$(BIN)/stepflash bench decode $(MODEL)
+
+train: $(VENV)/.runtime  ## train nano from scratch into runs/nano (hours; Ctrl-C and go on later)
+	$(BIN)/python -m stepflash.nano.train --out runs/nano
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
