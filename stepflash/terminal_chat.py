@@ -42,11 +42,12 @@ HELP = """\
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
 COMMANDS = ("/help", "/reset", "/think", "/system", "/quit", "/exit")
 STATUS_SECONDS = 0.1
+THOUGHT_STYLE, CALL_STYLE = "2;3", "1"  # dim italic and bold, as terminals number them
 _CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 class AnswerPrinter:
-    """Writes stream items as they come: the thought dim, the answer plain, tool calls coloured."""
+    """Writes stream items as they come: the thought dim, the answer plain, tool calls bold."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -57,15 +58,15 @@ class AnswerPrinter:
         match item:
             case ReasoningDelta(text):
                 self._begin(ReasoningDelta)
-                self._write(text, "dim italic")
+                self._write(text, THOUGHT_STYLE)
             case ContentDelta(text):
                 self._begin(ContentDelta)
-                self._write(text, "")
+                self._write(text)
             case ToolCallStart(_, _, name):
                 self._begin(ToolCallStart)
-                self._write(f"{name} ", "bold cyan")
+                self._write(f"{name} ", CALL_STYLE)
             case ToolCallArguments(_, fragment):
-                self._write(fragment, "cyan")
+                self._write(fragment, CALL_STYLE)
             case ToolCallEnd():
                 self._end_line()
 
@@ -80,20 +81,22 @@ class AnswerPrinter:
         if self._kind is not None:
             self._end_line()
             if self._kind is ReasoningDelta:
-                self._write("</think>\n" if is_plain else "\n", "")
+                self._write("</think>\n" if is_plain else "\n")
         elif kind is ReasoningDelta and is_plain:
-            self._write("<think>\n", "")
+            self._write("<think>\n")
         self._kind = kind
 
     def _end_line(self) -> None:
         if not self._at_line_start:
-            self._write("\n", "")
+            self._write("\n")
 
-    def _write(self, text: str, style: str) -> None:
-        # What a model writes must not steer the terminal, so control characters are replaced.
+    def _write(self, text: str, codes: str = "") -> None:
+        # What a model writes must not steer the terminal, so control characters are replaced. Not through
+        # rich, which would turn tabs into spaces.
         text = text.translate(_CONTROL)
         if text:
-            self._console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+            is_styled = codes and self._console.is_terminal
+            self._console.file.write(f"\033[{codes}m{text}\033[0m" if is_styled else text)
             self._console.file.flush()
             self._at_line_start = text.endswith("\n")
 
