@@ -1,0 +1,114 @@
+// The arguments of every kernel, and the table of kernels that one instruction set provides.
+//
+// Plain structs of pointers and sizes: bindings.cpp fills them from tensors, nothing below knows torch.
+#pragma once
+#include "formats.h"
+
+namespace stepflash {
+
+// Rows of bf16 or float32, contiguous inside a row. data == nullptr: absent.
+struct View {
+  void* data = nullptr;
+  int64_t stride = 0;  // elements from row to row
+  bool is_float = false;
+};
+
+struct LinearArgs {
+  int num_threads;
+  int64_t num_tokens, k;
+  View x, norm_weight;  // norm_weight present: x is first normalised, times 1 + weight
+  float eps;
+  View gate;            // present: x[t, h * k / num_heads + d] is first multiplied by sigmoid(gate[t, h])
+  int64_t num_heads;
+  Packed weights[8];    // outputs side by side
+  int num_weights;
+  View residual, out;
+};
+
+struct MoeArgs {
+  int num_threads;
+  int64_t num_tokens, hidden_size;
+  View x, norm_weight;
+  float eps;
+  // Routed experts, num_experts == 0: none. Expert e starts e * Packed::bytes() into the data.
+  int64_t num_experts, top_k;
+  const float *router_weight, *router_bias;  // [num_experts, hidden_size], [num_experts]
+  float scaling_factor;
+  const int64_t* topk_ids;                   // replayed routing [num_tokens, top_k], or nullptr
+  const float* topk_weights;
+  Packed gate, up, down;
+  float limit;
+  // Shared expert (or a dense MLP), shared_gate.data == nullptr: none.
+  Packed shared_gate, shared_up, shared_down;
+  float shared_limit;
+  View residual, out;
+};
+
+struct RouteArgs {
+  int num_threads;
+  int64_t num_tokens, hidden_size, num_experts, top_k;
+  View x;
+  const float *router_weight, *router_bias;
+  float scaling_factor;
+  int64_t* topk_ids;
+  float* topk_weights;
+};
+
+struct NormArgs {
+  int num_threads;
+  int64_t num_tokens, size;
+  View x, residual, weight, sum, out;  // sum present: x + residual goes there and is what is normalised
+  float eps;
+};
+
+struct RopeArgs {
+  int num_threads;
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim;
+  View q, k, q_weight, k_weight;
+  float eps;
+  const float *cos, *sin;  // [num_tokens, rotary_dim / 2]
+  View q_out, k_out;
+};
+
+// The paged cache of one layer; see stepflash::paged_attention in ops.py for the layout.
+struct Cache {
+  void *k, *v;             // [num_blocks, block_size, num_kv_heads, head_dim] bf16 or int8
+  float *k_scale, *v_scale;  // [num_blocks, block_size, num_kv_heads], int8 only
+  int64_t block_size, num_kv_heads, head_dim;
+  bool is_int8;
+};
+
+struct CacheWriteArgs {
+  int num_threads;
+  int64_t num_tokens;
+  View k, v;
+  const int64_t* slots;  // block * block_size + offset; negative: skip
+  Cache cache;
+};
+
+struct AttentionArgs {
+  int num_threads;
+  int64_t num_seqs, num_heads;
+  View q, gate, out;
+  Cache cache;
+  const int32_t *block_table, *seq_lens, *cu_seqlens;
+  int64_t max_blocks;
+  int64_t window;  // 0: none
+  float scale;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*linear)(const LinearArgs&);
+  void (*moe)(const MoeArgs&);
+  void (*route)(const RouteArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*qk_norm_rope)(const RopeArgs&);
+  void (*cache_write)(const CacheWriteArgs&);
+  void (*attention)(const AttentionArgs&);
+};
+
+// The best table for this machine among those that were compiled; limit ("avx2", "avx512") asks for less.
+const Kernels* select_kernels(const char* limit);
+
+}  // namespace stepflash

@@ -1,0 +1,291 @@
+// Tensors in, kernel arguments out. The only file that includes torch; the ops are declared in ops.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <limits>
+
+#include "api.h"
+
+namespace stepflash {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+const Kernels& kernels() {
+  static const Kernels* table = select_kernels(std::getenv("STEPFLASH_ISA"));
+  TORCH_CHECK(table != nullptr, "stepflash: this processor has none of the compiled instruction sets; set STEPFLASH_NATIVE=0");
+  return *table;
+}
+
+// Rows of the last dimension; every dimension before it must be evenly strided.
+View view(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name, " must be bfloat16 or float32, got ", t.scalar_type());
+  TORCH_CHECK(t.dim() >= 1 && (t.numel() == 0 || t.stride(-1) == 1), name, " must be contiguous in its last dimension");
+  View v;
+  v.data = t.data_ptr();
+  v.stride = t.dim() == 1 ? t.size(0) : t.stride(0);
+  v.is_float = t.scalar_type() == at::kFloat;
+  return v;
+}
+
+View view(const OptTensor& t, const char* name) { return t.has_value() ? view(*t, name) : View(); }
+
+// [num_tokens, heads, dim] whose heads follow each other; rows are tokens.
+View head_view(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() == 3 && t.stride(1) == t.size(2), name, " must be [num_tokens, num_heads, head_dim] with heads side by side");
+  return view(t, name);
+}
+
+Packed packed(const Tensor& data, int64_t format, int64_t n, int64_t k, int64_t count = 1) {
+  TORCH_CHECK(format >= 0 && format < NUM_FORMATS, "unknown weight format ", format);
+  Packed p(data.data_ptr(), format, n, k);
+  TORCH_CHECK(data.scalar_type() == at::kByte && data.is_contiguous() && data.numel() == count * p.bytes(),
+              "packed weight has ", data.numel(), " bytes; format ", format, " of [", count, ", ", n, ", ", k, "] has ", count * p.bytes());
+  return p;
+}
+
+template <class T>
+const T* pointer(const OptTensor& t, at::ScalarType type, const char* name) {
+  if (!t.has_value()) return nullptr;
+  TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(), name, " must be contiguous ", type);
+  return (const T*)t->data_ptr();
+}
+
+float limit_or_infinity(std::optional<double> limit) {
+  return limit.has_value() ? (float)*limit : std::numeric_limits<float>::infinity();
+}
+
+Tensor linear(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, at::IntArrayRef sizes, const OptTensor& norm_weight,
+              double eps, const OptTensor& gate, const OptTensor& residual, std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK(x.dim() == 2, "linear: x must be [num_tokens, in_features], got ", x.sizes());
+  TORCH_CHECK(weights.size() >= 1 && weights.size() <= 8 && weights.size() == formats.size() && weights.size() == sizes.size(),
+              "linear: 1 to 8 weights with as many formats and sizes");
+  LinearArgs a;
+  a.num_threads = at::get_num_threads();
+  a.num_tokens = x.size(0), a.k = x.size(1);
+  a.x = view(x, "x"), a.norm_weight = view(norm_weight, "norm_weight"), a.eps = (float)eps;
+  TORCH_CHECK(!norm_weight || norm_weight->numel() == a.k, "linear: norm_weight must have in_features entries");
+  a.gate = view(gate, "gate");
+  a.num_heads = gate ? gate->size(1) : 0;
+  TORCH_CHECK(!gate || (gate->size(0) == a.num_tokens && a.num_heads <= 496 && a.k % a.num_heads == 0), "linear: gate must be [num_tokens, num_heads]");
+  a.num_weights = (int)weights.size();
+  int64_t n = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    a.weights[i] = packed(weights[i], formats[i], sizes[i], a.k);
+    n += sizes[i];
+  }
+  Tensor out = at::empty({a.num_tokens, n}, x.options().dtype(dtype.value_or(x.scalar_type())));
+  a.out = view(out, "output"), a.residual = view(residual, "residual");
+  TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "linear: residual must be ", out.sizes(), ", got ", residual->sizes());
+  if (a.num_tokens > 0) kernels().linear(a);
+  return out;
+}
+
+void set_routing(MoeArgs& a, const OptTensor& router_weight, const OptTensor& router_bias, int64_t top_k, double scaling,
+                 const OptTensor& topk_ids, const OptTensor& topk_weights) {
+  a.top_k = top_k, a.scaling_factor = (float)scaling;
+  a.router_weight = pointer<float>(router_weight, at::kFloat, "router_weight");
+  a.router_bias = pointer<float>(router_bias, at::kFloat, "router_bias");
+  a.topk_ids = pointer<int64_t>(topk_ids, at::kLong, "topk_ids");
+  a.topk_weights = pointer<float>(topk_weights, at::kFloat, "topk_weights");
+  TORCH_CHECK(a.topk_ids != nullptr || a.router_weight != nullptr, "moe: needs router_weight or topk_ids");
+  TORCH_CHECK((a.topk_ids == nullptr) == (a.topk_weights == nullptr), "moe: topk_ids and topk_weights come together");
+  if (a.topk_ids) {
+    TORCH_CHECK(topk_ids->numel() == a.num_tokens * top_k && topk_weights->numel() == a.num_tokens * top_k, "moe: topk_ids must be [num_tokens, top_k]");
+    for (int64_t i = 0; i < a.num_tokens * top_k; ++i)
+      TORCH_CHECK(a.topk_ids[i] >= 0 && a.topk_ids[i] < a.num_experts, "moe: topk_ids has ", a.topk_ids[i], " of ", a.num_experts, " experts");
+  } else {
+    TORCH_CHECK(router_weight->size(0) == a.num_experts && router_weight->size(1) == a.hidden_size, "moe: router_weight must be [num_experts, hidden_size]");
+    TORCH_CHECK(!router_bias || router_bias->numel() == a.num_experts, "moe: router_bias must be [num_experts]");
+  }
+}
+
+// One argument list for MoE blocks and dense MLPs; see moe in ops.py.
+Tensor moe(const Tensor& x, const OptTensor& norm_weight, double eps, const OptTensor& router_weight, const OptTensor& router_bias,
+           int64_t top_k, double scaling, at::TensorList experts, at::IntArrayRef expert_formats, int64_t num_experts, int64_t expert_size,
+           std::optional<double> limit, at::TensorList shared, at::IntArrayRef shared_formats, int64_t shared_size,
+           std::optional<double> shared_limit, const OptTensor& topk_ids, const OptTensor& topk_weights, const OptTensor& residual) {
+  TORCH_CHECK(x.dim() == 2, "moe: x must be [num_tokens, hidden_size], got ", x.sizes());
+  TORCH_CHECK((experts.size() == 0 || experts.size() == 3) && (shared.size() == 0 || shared.size() == 3) && experts.size() + shared.size() > 0,
+              "moe: experts and shared are each empty or (gate, up, down)");
+  MoeArgs a;
+  a.num_threads = at::get_num_threads();
+  a.num_tokens = x.size(0), a.hidden_size = x.size(1);
+  a.x = view(x, "x"), a.norm_weight = view(norm_weight, "norm_weight"), a.eps = (float)eps;
+  TORCH_CHECK(!norm_weight || norm_weight->numel() == a.hidden_size, "moe: norm_weight must have hidden_size entries");
+  a.num_experts = 0, a.top_k = 0, a.router_weight = a.router_bias = a.topk_weights = nullptr, a.topk_ids = nullptr;
+  a.limit = limit_or_infinity(limit), a.shared_limit = limit_or_infinity(shared_limit);
+  if (experts.size() == 3) {
+    TORCH_CHECK(num_experts >= 1 && num_experts <= 1024 && top_k >= 1 && top_k <= num_experts, "moe: 1 <= top_k <= num_experts <= 1024");
+    TORCH_CHECK(expert_formats.size() == 3 && expert_formats[0] == expert_formats[1], "moe: gate and up share a format");
+    a.num_experts = num_experts;
+    set_routing(a, router_weight, router_bias, top_k, scaling, topk_ids, topk_weights);
+    a.gate = packed(experts[0], expert_formats[0], expert_size, a.hidden_size, num_experts);
+    a.up = packed(experts[1], expert_formats[1], expert_size, a.hidden_size, num_experts);
+    a.down = packed(experts[2], expert_formats[2], a.hidden_size, expert_size, num_experts);
+  }
+  if (shared.size() == 3) {
+    TORCH_CHECK(shared_formats.size() == 3 && shared_formats[0] == shared_formats[1], "moe: gate and up share a format");
+    a.shared_gate = packed(shared[0], shared_formats[0], shared_size, a.hidden_size);
+    a.shared_up = packed(shared[1], shared_formats[1], shared_size, a.hidden_size);
+    a.shared_down = packed(shared[2], shared_formats[2], a.hidden_size, shared_size);
+  }
+  TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "moe: residual must be ", x.sizes());
+  Tensor out = at::empty(x.sizes(), x.options());
+  a.out = view(out, "output"), a.residual = view(residual, "residual");
+  if (a.num_tokens > 0) kernels().moe(a);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> route(const Tensor& x, const Tensor& router_weight, const OptTensor& router_bias, int64_t top_k, double scaling) {
+  TORCH_CHECK(x.dim() == 2 && router_weight.dim() == 2 && router_weight.size(1) == x.size(1), "route: x [num_tokens, hidden_size], router_weight [num_experts, hidden_size]");
+  RouteArgs a;
+  a.num_threads = at::get_num_threads();
+  a.num_tokens = x.size(0), a.hidden_size = x.size(1), a.num_experts = router_weight.size(0), a.top_k = top_k;
+  TORCH_CHECK(top_k >= 1 && top_k <= a.num_experts && a.num_experts <= 1024, "route: 1 <= top_k <= num_experts <= 1024");
+  TORCH_CHECK(!router_bias || router_bias->numel() == a.num_experts, "route: router_bias must be [num_experts]");
+  a.x = view(x, "x");
+  a.router_weight = pointer<float>(router_weight, at::kFloat, "router_weight");
+  a.router_bias = pointer<float>(router_bias, at::kFloat, "router_bias");
+  a.scaling_factor = (float)scaling;
+  Tensor ids = at::empty({a.num_tokens, top_k}, x.options().dtype(at::kLong)), weights = at::empty({a.num_tokens, top_k}, x.options().dtype(at::kFloat));
+  a.topk_ids = ids.data_ptr<int64_t>(), a.topk_weights = weights.data_ptr<float>();
+  if (a.num_tokens > 0) kernels().route(a);
+  return {ids, weights};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptTensor& residual, const Tensor& weight, double eps) {
+  const Tensor rows = x.reshape({-1, x.size(-1)}).contiguous();
+  TORCH_CHECK(weight.numel() == rows.size(1), "rms_norm: weight must have ", rows.size(1), " entries, got ", weight.numel());
+  TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "rms_norm: residual must be ", x.sizes());
+  NormArgs a;
+  a.num_threads = at::get_num_threads();
+  a.num_tokens = rows.size(0), a.size = rows.size(1), a.eps = (float)eps;
+  Tensor out = at::empty(x.sizes(), x.options()), sum = residual ? at::empty(x.sizes(), x.options()) : out;
+  const OptTensor residual_rows = residual ? OptTensor(residual->reshape({-1, x.size(-1)}).contiguous()) : OptTensor();
+  a.x = view(rows, "x"), a.residual = view(residual_rows, "residual"), a.weight = view(weight, "weight");
+  a.out = view(out.view({-1, x.size(-1)}), "output"), a.sum = view(sum.view({-1, x.size(-1)}), "sum");
+  if (a.num_tokens > 0) kernels().rms_norm(a);
+  return {out, sum};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) { return std::get<0>(add_rms_norm(x, std::nullopt, weight, eps)); }
+std::tuple<Tensor, Tensor> rms_norm_residual(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  return add_rms_norm(x, residual, weight, eps);
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
+                                        const Tensor& cos, const Tensor& sin) {
+  RopeArgs a;
+  a.num_threads = at::get_num_threads();
+  a.q = head_view(q, "q"), a.k = head_view(k, "k"), a.q_weight = view(q_weight, "q_weight"), a.k_weight = view(k_weight, "k_weight");
+  a.num_tokens = q.size(0), a.num_heads = q.size(1), a.num_kv_heads = k.size(1), a.head_dim = q.size(2), a.eps = (float)eps;
+  TORCH_CHECK(k.size(0) == a.num_tokens && k.size(2) == a.head_dim && a.head_dim <= 512 && q_weight.numel() == a.head_dim && k_weight.numel() == a.head_dim,
+              "qk_norm_rope: q, k and their norm weights must agree in tokens and head_dim (at most 512)");
+  TORCH_CHECK(cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.size(0) == a.num_tokens && 2 * cos.size(1) <= a.head_dim,
+              "qk_norm_rope: cos and sin must be [num_tokens, rotary_dim / 2]");
+  a.rotary_dim = 2 * cos.size(1);
+  a.cos = pointer<float>(cos, at::kFloat, "cos"), a.sin = pointer<float>(sin, at::kFloat, "sin");
+  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
+  a.q_out = head_view(q_out, "q"), a.k_out = head_view(k_out, "k");
+  if (a.num_tokens > 0) kernels().qk_norm_rope(a);
+  return {q_out, k_out};
+}
+
+Cache cache_of(const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale, const OptTensor& v_scale) {
+  TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous(),
+              "caches must be contiguous [num_blocks, block_size, num_kv_heads, head_dim]");
+  const auto type = k_cache.scalar_type();
+  TORCH_CHECK((type == at::kBFloat16 || type == at::kChar) && v_cache.scalar_type() == type, "caches must be bfloat16 or int8");
+  TORCH_CHECK(k_cache.size(3) % 32 == 0 && k_cache.size(3) <= 256, "head_dim must be a multiple of 32 and at most 256, got ", k_cache.size(3));
+  Cache c;
+  c.k = k_cache.data_ptr(), c.v = v_cache.data_ptr();
+  c.block_size = k_cache.size(1), c.num_kv_heads = k_cache.size(2), c.head_dim = k_cache.size(3), c.is_int8 = type == at::kChar;
+  c.k_scale = (float*)pointer<float>(k_scale, at::kFloat, "k_scale"), c.v_scale = (float*)pointer<float>(v_scale, at::kFloat, "v_scale");
+  TORCH_CHECK(!c.is_int8 || (c.k_scale && c.v_scale && k_scale->numel() * c.head_dim == k_cache.numel() && v_scale->numel() * c.head_dim == v_cache.numel()),
+              "int8 caches need k_scale and v_scale [num_blocks, block_size, num_kv_heads]");
+  return c;
+}
+
+void cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots, const OptTensor& k_scale,
+                 const OptTensor& v_scale) {
+  CacheWriteArgs a;
+  a.num_threads = at::get_num_threads();
+  a.num_tokens = k.size(0);
+  a.k = head_view(k, "k"), a.v = head_view(v, "v");
+  a.cache = cache_of(k_cache, v_cache, k_scale, v_scale);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(1) == a.cache.num_kv_heads && k.size(2) == a.cache.head_dim && slots.numel() == a.num_tokens,
+              "cache_write: k and v must be [num_tokens, num_kv_heads, head_dim] of the cache, slots [num_tokens]");
+  a.slots = pointer<int64_t>(slots, at::kLong, "slot_mapping");
+  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
+  for (int64_t i = 0; i < a.num_tokens; ++i) TORCH_CHECK(a.slots[i] < num_slots, "cache_write: slot ", a.slots[i], " of ", num_slots);
+  if (a.num_tokens > 0) kernels().cache_write(a);
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
+                       const Tensor& cu_seqlens, int64_t window, double scale, const OptTensor& gate, const OptTensor& k_scale, const OptTensor& v_scale) {
+  AttentionArgs a;
+  a.num_threads = at::get_num_threads();
+  a.cache = cache_of(k_cache, v_cache, k_scale, v_scale);
+  a.q = head_view(q, "q"), a.gate = view(gate, "gate");
+  a.num_heads = q.size(1), a.num_seqs = seq_lens.numel(), a.window = window, a.scale = (float)scale;
+  TORCH_CHECK(q.size(2) == a.cache.head_dim && a.num_heads % a.cache.num_kv_heads == 0 && a.num_heads / a.cache.num_kv_heads <= 48,
+              "paged_attention: q ", q.sizes(), " does not fit the cache ", k_cache.sizes());
+  TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) == a.num_seqs && cu_seqlens.numel() == a.num_seqs + 1,
+              "paged_attention: block_table [num_seqs, max_blocks], seq_lens [num_seqs], cu_seqlens [num_seqs + 1]");
+  TORCH_CHECK(!gate || (gate->size(0) == q.size(0) && gate->size(1) == a.num_heads), "paged_attention: gate must be [num_tokens, num_heads]");
+  a.block_table = pointer<int32_t>(block_table, at::kInt, "block_table"), a.max_blocks = block_table.size(1);
+  a.seq_lens = pointer<int32_t>(seq_lens, at::kInt, "seq_lens"), a.cu_seqlens = pointer<int32_t>(cu_seqlens, at::kInt, "cu_seqlens");
+  TORCH_CHECK(window >= 0 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == q.size(0), "paged_attention: cu_seqlens must run from 0 to num_tokens");
+  for (int64_t s = 0; s < a.num_seqs; ++s) {
+    const int64_t count = a.cu_seqlens[s + 1] - a.cu_seqlens[s], length = a.seq_lens[s], first = length - count;
+    if (count == 0) continue;
+    TORCH_CHECK(count > 0 && first >= 0 && length <= a.max_blocks * a.cache.block_size, "paged_attention: sequence ", s, " has ", count, " queries and length ",
+                length, " with room for ", a.max_blocks * a.cache.block_size);
+    const int64_t oldest = window > 0 ? std::max<int64_t>(0, first - window + 1) : 0;
+    for (int64_t b = oldest / a.cache.block_size; b <= (length - 1) / a.cache.block_size; ++b) {
+      const int64_t block = a.block_table[s * a.max_blocks + b];
+      TORCH_CHECK(block >= 0 && block < k_cache.size(0), "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", k_cache.size(0), " blocks");
+    }
+  }
+  Tensor out = at::empty(q.sizes(), q.options());
+  a.out = head_view(out, "output");
+  if (q.size(0) > 0) kernels().attention(a);
+  return out;
+}
+
+// Ask for huge pages before a packed weight is first written: fewer TLB misses while it streams.
+void advise_huge_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)t.data_ptr() + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)t.data_ptr() + t.nbytes()) / PAGE * PAGE;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("moe", moe);
+  m.impl("route", route);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", rms_norm_residual);
+  m.impl("qk_norm_rope", qk_norm_rope);
+  m.impl("cache_write", cache_write);
+  m.impl("paged_attention", paged_attention);
+  m.impl("advise_huge_pages", advise_huge_pages);
+}
+
+}  // namespace stepflash
+
+extern "C" const char* stepflash_isa() {
+  const stepflash::Kernels* table = stepflash::select_kernels(std::getenv("STEPFLASH_ISA"));
+  return table ? table->isa : "";
+}

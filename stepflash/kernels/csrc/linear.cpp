@@ -1,0 +1,111 @@
+// Packed linear layers: optional norm or head gate in front, several weights side by side, residual behind.
+#include "parallel.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace SF_ISA {
+
+// Activation records of all tokens in every layout that the weights need.
+struct Records {
+  int64_t formats[8];
+  Record layouts[8];
+  int64_t offsets[8];
+  int count = 0;
+
+  int add(int64_t format, int64_t k, int64_t num_tokens, Layout& layout) {
+    for (int i = 0; i < count; ++i)
+      if (record_key(formats[i]) == record_key(format)) return i;
+    formats[count] = format;
+    layouts[count] = Record(format, k);
+    offsets[count] = layout.add(num_tokens * layouts[count].bytes);
+    return count++;
+  }
+};
+
+void linear(const LinearArgs& args) {
+  Layout layout;
+  Records records;
+  int kind_of[8];
+  int64_t first_panel[9] = {0}, first_column[9] = {0}, widest = 0;
+  for (int w = 0; w < args.num_weights; ++w) {
+    const Packed& weight = args.weights[w];
+    kind_of[w] = records.add(weight.format, args.k, args.num_tokens, layout);
+    first_panel[w + 1] = first_panel[w] + weight.panels();
+    first_column[w + 1] = first_column[w] + weight.n;
+    widest = weight.panel_stride > widest ? weight.panel_stride : widest;
+  }
+  uint8_t* base = workspace(0, layout.bytes);
+  const int64_t panels = first_panel[args.num_weights], k_rows = round_up(args.k, 256);
+  // Few tokens: small items, for balance. Many: as many panels as stay in the L2 cache with the token tile.
+  int64_t per_item = panels / (args.num_threads * 8);
+  const int64_t fit = (384 << 10) / widest;
+  if (args.num_tokens > 16 && per_item > fit) per_item = fit;
+  per_item = per_item < 1 ? 1 : per_item > 4 ? 4 : per_item;
+
+  parallel(args.num_threads, [&](Team& team) {
+    float* row = (float*)workspace(1, k_rows * 4);
+    team.share(args.num_tokens, [&](int64_t t) {
+      load_row(args.x, t, args.k, row);
+      std::memset(row + args.k, 0, (k_rows - args.k) * 4);
+      if (args.norm_weight.data) norm_row(row, args.k, args.norm_weight, args.eps);
+      if (args.gate.data) {
+        float gate[512];
+        load_row(args.gate, t, args.num_heads, gate);
+        for (int64_t h = 0; h < args.num_heads; h += LANES) store(gate + h, sigmoid(load(gate + h)));
+        const int64_t head_dim = args.k / args.num_heads;
+        for (int64_t h = 0; h < args.num_heads; ++h)
+          for (int64_t i = h * head_dim; i < (h + 1) * head_dim; ++i) row[i] *= gate[h];
+      }
+      if (!args.x.is_float) round_row(row, args.k);
+      for (int i = 0; i < records.count; ++i)
+        write_record(records.formats[i], records.layouts[i], row, 0, padded_k(records.formats[i], args.k),
+                     base + records.offsets[i] + t * records.layouts[i].bytes);
+    });
+    const int64_t items = (panels + per_item - 1) / per_item;
+    team.share(items, [&](int64_t item) {
+      float out[MAX_TILE * PANEL];
+      const uint8_t* tokens[MAX_TILE];
+      const int64_t begin = item * per_item, end = begin + per_item < panels ? begin + per_item : panels;
+      for (int64_t t = 0; t < args.num_tokens;) {
+        const int m = tile_tokens(args.num_tokens - t);
+        for (int64_t p = begin; p < end; ++p) {
+          int w = 0;
+          while (p >= first_panel[w + 1]) ++w;
+          const Packed& weight = args.weights[w];
+          const Record& record = records.layouts[kind_of[w]];
+          for (int i = 0; i < m; ++i) tokens[i] = base + records.offsets[kind_of[w]] + (t + i) * record.bytes;
+          const int64_t panel = p - first_panel[w], row0 = panel * PANEL;
+          TILES[weight.format](weight.panel(panel), padded_k(weight.format, args.k), record, tokens, m, out);
+          const int64_t rows = weight.n - row0 < PANEL ? weight.n - row0 : PANEL;
+          for (int i = 0; i < m; ++i)
+            store_row(args.out, args.residual, t + i, first_column[w] + row0, rows, out + i * PANEL);
+        }
+        t += m;
+      }
+    });
+  });
+}
+
+void rms_norm(const NormArgs& args) {
+  parallel(args.num_tokens * args.size < 65536 ? 1 : args.num_threads, [&](Team& team) {
+    float* row = (float*)workspace(1, round_up(args.size, 256) * 4);
+    team.share(args.num_tokens, [&](int64_t t) {
+      load_row(args.x, t, args.size, row);
+      if (args.residual.data) {
+        for (int64_t i = 0; i < args.size; i += 256) {
+          const int64_t n = args.size - i < 256 ? args.size - i : 256;
+          store_row(args.sum, args.residual, t, i, n, row + i);
+        }
+        load_row(args.sum, t, args.size, row);
+      }
+      norm_row(row, args.size, args.weight, args.eps);
+      const View none;
+      for (int64_t i = 0; i < args.size; i += 256) {
+        const int64_t n = args.size - i < 256 ? args.size - i : 256;
+        store_row(args.out, none, t, i, n, row + i);
+      }
+    });
+  });
+}
+
+}  // namespace SF_ISA

@@ -1,0 +1,119 @@
+// Tiles for GGUF Q4_K and Q6_K, bit-exact in their weights and no larger than the file (4.5 and 6.5625 bits).
+#include "tiles.h"
+
+namespace SF_ISA {
+
+// Q4_K: w = d * sc * u - dmin * mn, sc and mn six bits per 32 k. Their twelve bytes per row are three lanes:
+//   A = sc0..sc4 | sc7[0:2] << 30    B = mn0..mn4 | sc7[2:4] << 30    C = sc5, sc6, mn5, mn6, mn7 | sc7[4:6] << 30
+struct SixBits {
+  vi a, b, c;
+  template <int I> vi scale() const {
+    const vi mask = set1i(63);
+    if constexpr (I < 5) return shr<6 * I>(a) & mask;
+    else if constexpr (I < 7) return shr<6 * (I - 5)>(c) & mask;
+    else return shr<30>(a) | shl<2>(shr<30>(b)) | shl<4>(shr<30>(c));
+  }
+  template <int I> vi minimum() const {
+    const vi mask = set1i(63);
+    if constexpr (I < 5) return shr<6 * I>(b) & mask;
+    else return shr<6 * (I - 3)>(c) & mask;
+  }
+};
+
+template <int M, int I>
+static inline void q4_k_group(const uint8_t* weights, const SixBits* bits, const vf* d, const vf* dmin, int64_t group,
+                              const Record& record, const uint8_t* const* tokens, vf (*total)[2]) {
+  const vi low = set1i(0x0f0f0f0f), high = set1i((int32_t)0xf0f0f0f0);
+  vi acc[M][2];
+  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = set1i(0);
+#pragma GCC unroll 8
+  for (int quad = 0; quad < 8; ++quad) {
+    const vi w = loadi(weights + quad * 64);
+    prefetch(weights + PREFETCH_BYTES + quad * 64);
+    for (int m = 0; m < M; ++m) {
+      const vi x = broadcast4(tokens[m] + group * 32 + quad * 4);
+      acc[m][0] = dot4(acc[m][0], w & low, x);
+      acc[m][1] = dot4(acc[m][1], w & high, x);
+    }
+  }
+  const vf scale0 = to_float(bits[0].scale<I>()) * d[0], scale1 = to_float(bits[1].scale<I>()) * d[1];
+  const vf min0 = to_float(bits[0].minimum<I>()) * dmin[0], min1 = to_float(bits[1].minimum<I>()) * dmin[1];
+  for (int m = 0; m < M; ++m) {
+    const vf sx = set1(((const float*)(tokens[m] + record.scales))[group]);
+    const vf sum = set1(-((const float*)(tokens[m] + record.sums))[group]);  // scale_x * sum of q
+    total[m][0] = fma(to_float(acc[m][0]), scale0 * sx, fma(min0, sum, total[m][0]));
+    total[m][1] = fma(to_float(sar<4>(acc[m][1])), scale1 * sx, fma(min1, sum, total[m][1]));
+  }
+}
+
+template <int M>
+static void q4_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+  vf total[M][2];
+  for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
+  for (int64_t block = 0; block < k / 256; ++block, panel += 4608) {
+    const uint16_t* half = (const uint16_t*)panel;
+    const vf d[2] = {load_f16(half), load_f16(half + 16)}, dmin[2] = {load_f16(half + 32), load_f16(half + 48)};
+    const uint8_t* six = panel + 128;
+    const SixBits bits[2] = {{loadi(six), loadi(six + 128), loadi(six + 256)},
+                             {loadi(six + 64), loadi(six + 192), loadi(six + 320)}};
+    const uint8_t* weights = panel + 512;
+#define SF_GROUP(I) q4_k_group<M, I>(weights + I * 512, bits, d, dmin, block * 8 + I, record, tokens, total);
+    SF_GROUP(0) SF_GROUP(1) SF_GROUP(2) SF_GROUP(3) SF_GROUP(4) SF_GROUP(5) SF_GROUP(6) SF_GROUP(7)
+#undef SF_GROUP
+  }
+  for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
+}
+
+// Q6_K: w = d * sc * (u - 32), sc signed eight bits per 16 k; activations have one scale per 32 k.
+template <int M>
+static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+  const vi low = set1i(0x0f0f0f0f), two = set1i(0x30303030);
+  vf total[M][2];
+  for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
+  for (int64_t block = 0; block < k / 256; ++block, panel += 6720) {
+    const vf d[2] = {load_f16((const uint16_t*)panel), load_f16((const uint16_t*)panel + 16)};
+    const int8_t* scales = (const int8_t*)panel + 64;
+    const uint8_t *ql = panel + 576, *qh = panel + 4672;
+    for (int group = 0; group < 8; ++group) {  // 32 k: one activation scale, two weight scales
+      vi sum[M][2];
+      for (int half = 0; half < 2; ++half) {
+        vi acc[M][2];
+        for (int m = 0; m < M; ++m)
+          acc[m][0] = acc[m][1] = set1i(((const int32_t*)(tokens[m] + record.sums))[block * 16 + group * 2 + half]);
+#pragma GCC unroll 2
+        for (int eight = 0; eight < 2; ++eight, qh += 64, ql += 128) {
+          const vi h = loadi(qh), l0 = loadi(ql), l1 = loadi(ql + 64);
+          prefetch(ql + PREFETCH_BYTES), prefetch(ql + PREFETCH_BYTES + 64);
+          if (half == 0) prefetch(qh + PREFETCH_BYTES);
+          const vi w00 = (l0 & low) | (shl<4>(h) & two), w01 = (shr<4>(l0) & low) | (shl<2>(h) & two);
+          const vi w10 = (l1 & low) | (h & two), w11 = (shr<4>(l1) & low) | (shr<2>(h) & two);
+          for (int m = 0; m < M; ++m) {
+            const uint8_t* q = tokens[m] + block * 256 + group * 32 + half * 16 + eight * 8;
+            const vi x0 = broadcast4(q), x1 = broadcast4(q + 4);
+            acc[m][0] = dot4(dot4(acc[m][0], w00, x0), w10, x1);
+            acc[m][1] = dot4(dot4(acc[m][1], w01, x0), w11, x1);
+          }
+        }
+        const vi s0 = load_s8(scales), s1 = load_s8(scales + 16);
+        scales += 32;
+        for (int m = 0; m < M; ++m) {
+          sum[m][0] = half ? sum[m][0] + acc[m][0] * s0 : acc[m][0] * s0;
+          sum[m][1] = half ? sum[m][1] + acc[m][1] * s1 : acc[m][1] * s1;
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        const vf sx = set1(((const float*)(tokens[m] + record.scales))[block * 8 + group]);
+        total[m][0] = fma(to_float(sum[m][0]), d[0] * sx, total[m][0]);
+        total[m][1] = fma(to_float(sum[m][1]), d[1] * sx, total[m][1]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
+}
+
+template <int M> struct Q4K { static constexpr auto run = q4_k_run<M>; };
+template <int M> struct Q6K { static constexpr auto run = q6_k_run<M>; };
+SF_TILE(q4_k_tile, Q4K)
+SF_TILE(q6_k_tile, Q6K)
+
+}  // namespace SF_ISA
