@@ -141,7 +141,7 @@ class StatusLine:
 
 @dataclass(slots=True)
 class Speed:
-    """Tokens per second and accepted drafts of one answer."""
+    """Tokens per second, accepted drafts a step and cached prompt tokens of one answer, in half a line."""
 
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -154,10 +154,10 @@ class Speed:
         if (decoding := now - self.first_token) > 0 and usage.completion_tokens > 1:
             parts.append(f"{(usage.completion_tokens - 1) / decoding:.1f} tok/s")
         if usage.num_steps and usage.drafted_tokens:
-            parts.append(f"{usage.accepted_draft_tokens / usage.num_steps:.2f} drafts accepted a step")
+            parts.append(f"{usage.accepted_draft_tokens / usage.num_steps:.2f} drafts a step")
         if usage.cached_tokens:
-            parts.append(f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens cached")
-        parts.append(f"first token after {self.first_token - self.started:.2f} s")
+            parts.append(f"{usage.cached_tokens}/{usage.prompt_tokens} cached")
+        parts.append(f"first after {self.first_token - self.started:.2f} s")
         return ", ".join(parts)
 
 

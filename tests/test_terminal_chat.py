@@ -108,7 +108,7 @@ def test_a_whole_chat_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     answer = terminal.wait_for("> ")
     assert "hm" in answer
     assert "first" in answer
-    assert "drafts accepted a step" in answer
+    assert "drafts a step" in answer
     assert "\033[1;23r" in answer, "the last row is kept for the status"
     assert "\033[r" in answer[answer.rindex("\033[1;23r") :], "and given back"
 
@@ -127,7 +127,7 @@ def test_a_whole_chat_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.send(b"/reset\r")
     terminal.wait_for("forgotten")
     terminal.send(b"hello again\r")
-    terminal.wait_for("drafts accepted a step")
+    terminal.wait_for("drafts a step")
     terminal.wait_for("> ")
     terminal.send(CTRL_D)
     terminal.wait_for("left in order")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -34,10 +34,17 @@ from stepflash.server.sse import DONE, ClientGone, EventStream, frame, unless_di
 from stepflash.settings import ServerSettings
 
 PAGE_FOLDER = Path(__file__).parent / "page"
-HEALTH_SECONDS = 30.0
+HEALTH_SECONDS, RECENT_SECONDS = 30.0, 2.0
+LARGE_BODY_BYTES = 32_768  # from here on, templates and tokenising leave the event loop
+PAGE_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 DEFAULT_SAMPLING = SamplingParams(max_tokens=None)
 
 log = logging.getLogger("stepflash.server")
+T = TypeVar("T")
 
 
 def create_app(
@@ -90,15 +97,20 @@ class _Server:
     # Routes
 
     async def chat_completions(self, request: Request) -> Response:
-        body = openai_chat_decode.decode(read_body(await self._read(request), ChatBody), self.defaults)
+        raw = await self._read(request)
+        body = openai_chat_decode.decode(read_body(raw, ChatBody), self.defaults)
         self._check_model(body.model)
-        prompt = self.session.prepare(
-            body.conversation,
-            body.sampling,
-            prefill=body.prefill,
-            max_tool_calls=body.max_tool_calls,
-            template_variables=body.template_variables,
-        )
+
+        def prepare() -> Prompt:
+            return self.session.prepare(
+                body.conversation,
+                body.sampling,
+                prefill=body.prefill,
+                max_tool_calls=body.max_tool_calls,
+                template_variables=body.template_variables,
+            )
+
+        prompt = await _prepared(prepare, len(raw))
         streams = self._answers([as_choice(prompt, index) for index in range(body.num_choices)])
         head = self._head("chatcmpl-")
         if body.stream:
@@ -109,9 +121,14 @@ class _Server:
         return JSONResponse(openai_chat_encode.response(head, answers, self.session.tokenizer.token_bytes))
 
     async def completions(self, request: Request) -> Response:
-        body = openai_completions.decode(read_body(await self._read(request), CompletionBody), self.defaults)
+        raw = await self._read(request)
+        body = openai_completions.decode(read_body(raw, CompletionBody), self.defaults)
         self._check_model(body.model)
-        prompts = [self.session.prepare_text(prompt, body.sampling) for prompt in body.prompts]
+
+        def prepare() -> list[Prompt]:
+            return [self.session.prepare_text(prompt, body.sampling) for prompt in body.prompts]
+
+        prompts = await _prepared(prepare, len(raw))
         streams = self._answers(
             [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)]
         )
@@ -138,8 +155,13 @@ class _Server:
         return self._model_json()
 
     async def health(self) -> Response:
-        """Generates a token: an engine that cannot is not healthy, whatever its process says."""
+        """Generates a token: an engine that cannot is not healthy, whatever its process says.
+
+        While others get tokens that is proof enough, so that a full queue does not look like a failure.
+        """
         started = time.monotonic()
+        if started - self.metrics.last_token_at < RECENT_SECONDS:
+            return JSONResponse({"status": "ok", "model": self.model_name, "seconds": 0.0})
         first_token = self.session.tokenizer.bos_token_id or 0
         sampling = SamplingParams(max_tokens=1, temperature=0.0, draft_depth=0, ignore_eos=True)
         try:
@@ -160,7 +182,7 @@ class _Server:
         file = PAGE_FOLDER / name
         if file.parent != PAGE_FOLDER or not file.is_file():
             raise HTTPException(404)
-        return FileResponse(file, headers={"cache-control": "no-cache"})
+        return FileResponse(file, headers=PAGE_HEADERS)
 
     # Running answers
 
@@ -179,6 +201,7 @@ class _Server:
                         if usage is None:
                             self.metrics.first_token_seconds.add(time.monotonic() - started)
                         usage = item.usage
+                        self.metrics.last_token_at = time.monotonic()
                     yield item
         finally:
             self.metrics.num_running -= 1
@@ -284,4 +307,11 @@ class _Server:
         return prompt if isinstance(prompt, str) else self.session.tokenizer.decode(prompt)
 
     def _count(self, request: Request, status: int) -> None:
-        self.metrics.count_request(request.url.path, status)
+        # By route, not by path: whoever asks for many paths must not create many counters.
+        route = request.scope.get("route")
+        self.metrics.count_request(getattr(route, "path", "other"), status)
+
+
+async def _prepared(prepare: Callable[[], T], num_bytes: int) -> T:
+    """Render and encode: short prompts here, long ones in a thread, so that other streams go on."""
+    return prepare() if num_bytes < LARGE_BODY_BYTES else await asyncio.to_thread(prepare)

@@ -39,10 +39,11 @@ class Histogram:
 
 
 class Metrics:
-    """What `/metrics` shows."""
+    """What `/metrics` shows; `last_token_at` is on the monotonic clock."""
 
     def __init__(self) -> None:
         self.num_running = 0
+        self.last_token_at = float("-inf")
         self.first_token_seconds = Histogram()
         self.answer_seconds = Histogram()
         self._requests: Counter[tuple[str, int]] = Counter()

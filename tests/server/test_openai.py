@@ -412,6 +412,13 @@ def test_an_engine_error_before_and_in_a_stream() -> None:
     assert frames(streamed)[-1]["error"]["type"] == "server_error"
 
 
+def test_a_long_prompt_is_prepared_the_same() -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER, max_context_tokens=100_000)
+    messages = [{"role": "user", "content": "word " * 10_000}]
+    assert client_of(session).post("/v1/chat/completions", json={"messages": messages}).status_code == 200
+    assert len(engine_of(session).requests[0].prompt_token_ids) > 50_000
+
+
 def test_a_body_beyond_the_limit_is_refused() -> None:
     client = client_of(scripted_session("x"), max_body_bytes=1000)
     assert client.post("/v1/chat/completions", content=b" " * 1001).status_code == 413
@@ -490,6 +497,10 @@ def test_health_generates_a_token() -> None:
     session = scripted_session("x")
     assert client_of(session).get("/health").json()["status"] == "ok"
     assert [request.sampling.max_tokens for request in engine_of(session).requests] == [1]
+    client = client_of(session)
+    client.post("/v1/chat/completions", json={"messages": HELLO})
+    assert client.get("/health").json()["status"] == "ok"
+    assert len(engine_of(session).requests) == 2, "a token that somebody just got is proof enough"
     broken = client_of(scripted_session("x", error="no")).get("/health")
     assert (broken.status_code, broken.json()["status"]) == (503, "no")
 

@@ -1,0 +1,87 @@
+"""The official openai package against the application: its types must accept everything that we send."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from stepflash.server.app import create_app
+from tests.scripted_engine import END, scripted_session
+
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.client
+
+HELLO = [{"role": "user", "content": "hello"}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
+
+
+def client_for(*texts: str) -> Any:
+    app = create_app(scripted_session(*texts, bursts=[3]), "scripted")
+    http_client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", max_retries=0, http_client=http_client
+    )
+
+
+def test_whole_reply_with_logprobs() -> None:
+    completion = asyncio.run(
+        client_for("t\n</think>\nHi" + END).chat.completions.create(
+            model="scripted", messages=HELLO, logprobs=True, top_logprobs=1
+        )
+    )
+    (choice,) = completion.choices
+    assert (choice.message.content, choice.message.reasoning_content) == ("Hi", "t")
+    assert choice.logprobs.content[0].token == "t"
+    assert completion.usage.completion_tokens_details.reasoning_tokens == 3
+
+
+def test_the_streaming_helper_collects_tool_calls() -> None:
+    async def run() -> Any:
+        client = client_for("t\n</think>\n" + CALL + CALL + END)
+        async with client.chat.completions.stream(model="scripted", messages=HELLO, tools=TOOLS) as stream:
+            async for _ in stream:
+                pass
+            return await stream.get_final_completion()
+
+    (choice,) = asyncio.run(run()).choices
+    assert choice.finish_reason == "tool_calls"
+    assert [call.function.name for call in choice.message.tool_calls] == ["weather", "weather"]
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"model": "other"}, "NotFoundError"),
+        ({"temperature": -1}, "BadRequestError"),
+        ({"n": 100}, "BadRequestError"),
+    ],
+)
+def test_errors_have_their_class(options: dict[str, Any], error: str) -> None:
+    call = client_for("x").chat.completions.create(**{"model": "scripted", "messages": HELLO, **options})
+    with pytest.raises(getattr(openai, error)):
+        asyncio.run(call)
+
+
+def test_an_error_in_a_stream_is_raised() -> None:
+    app = create_app(scripted_session("abcdef", error="NaN logits", error_after=3), "scripted")
+
+    async def run() -> None:
+        http_client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+        client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http_client)
+        stream = await client.chat.completions.create(model="scripted", messages=HELLO, stream=True)
+        async for _ in stream:
+            pass
+
+    with pytest.raises(openai.APIError, match="NaN logits"):
+        asyncio.run(run())
+
+
+def test_text_completion_and_models() -> None:
+    client = client_for(" world" + END)
+    completion = asyncio.run(client.completions.create(model="scripted", prompt="hello", logprobs=0))
+    assert completion.choices[0].text == " world"
+    model = asyncio.run(client_for("x").models.retrieve("scripted"))
+    assert model.id == "scripted"
