@@ -135,25 +135,26 @@ class LLM:
         Messages and tools are those of the OpenAI chat format, or `stepflash.chat` values.
 
         Raises:
-            RequestError: the template refuses a conversation, or it does not fit.
+            RequestError: a conversation is wrong, the template refuses it, or it does not fit.
         """
-        from stepflash.chat.messages import Tool, fold_events
+        from stepflash.chat.messages import fold_events
+        from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
         from stepflash.chat.parser import OutputParser
 
         template = self.chat_template
         if template is None:
             raise ConfigError("this LLM has no chat template; pass chat_template=")
-        known = [tool if isinstance(tool, Tool) else Tool(definition=tool) for tool in tools or ()]
+        known = tools_from_openai(tools or ())
         many = messages and not isinstance(messages[0], Mapping) and isinstance(messages[0], Sequence)
         conversations = cast("Sequence[Sequence[Any]]", messages if many else [messages])
         prompts, opens_thought = [], []
         for conversation in conversations:
-            rendered = template.render(conversation, tools=known, add_generation_prompt=True)
+            rendered = template.render(messages_from_openai(conversation), tools=known)
             prompts.append(self._tokenizer().encode_with_cuts(rendered.text, rendered.cut_points))
-            opens_thought.append(rendered.text.rstrip().endswith("<think>"))
+            opens_thought.append(rendered.opens_thought)
         outputs = self._run(prompts, sampling_params, progress)
         for output, in_reasoning in zip(outputs, opens_thought, strict=True):
-            parser = OutputParser(tuple(known), in_reasoning=in_reasoning)
+            parser = OutputParser(known, in_reasoning=in_reasoning)
             events = parser.push(output.text) + parser.finish(output.finish_reason or "stop")
             output.message = fold_events(events).as_message()
         return outputs
