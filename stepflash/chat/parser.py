@@ -66,12 +66,14 @@ class OutputParser:
             in_reasoning: whether the prompt ended inside an open `<think>`.
             new_id: makes the identifiers of calls.
         """
-        self._tools = tools
+        self._declared = None if tools is None else declared_tools(tools)
         self._new_id = new_id
         self._phase = _Phase.OPENING if in_reasoning else _Phase.CONTENT
-        self._content = ToolCallParser(tools, new_id=new_id, stop_tag=None if in_reasoning else THINK_START)
+        self._content = ToolCallParser(
+            self._declared, new_id=new_id, stop_tag=None if in_reasoning else THINK_START
+        )
         # Names the text that is not decided yet, and recognises calls inside a thought.
-        self._reader = TagReader({} if tools is None else declared_tools(tools), any_function=not tools)
+        self._reader = TagReader(self._declared or {}, any_function=not tools)
         self._position = 0
         self._events: list[Event] = []
         self._skips_newline = False
@@ -149,10 +151,10 @@ class OutputParser:
         elif reader.is_at(start, THINK_END):
             self._position += len(THINK_END)
             self._phase, self._skips_newline, self._newline = _Phase.CONTENT, True, ""
-        elif self._tools is not None and reader.opening(start) is not None:
+        elif self._declared is not None and reader.opening(start) is not None:
             self._phase = _Phase.CALLS
             self._calls = ToolCallParser(
-                self._tools,
+                self._declared,
                 new_id=self._new_id,
                 first_index=self._content.num_calls,
                 stops_at_content=True,

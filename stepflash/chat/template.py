@@ -44,6 +44,11 @@ class Rendered:
     text: str
     cut_points: tuple[int, ...]
 
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the answer begins inside `<think>`."""
+        return self.text.rstrip().endswith("<think>")
+
 
 class ChatTemplate:
     """The prompt format of a model. `source` says where it came from."""

@@ -92,18 +92,18 @@ class ToolCallParser:
 
     def __init__(
         self,
-        tools: Sequence[Tool] | None,
+        declared: Declared | None,
         *,
         new_id: Callable[[], str] = new_call_id,
         first_index: int = 0,
         stop_tag: str | None = None,
         stops_at_content: bool = False,
     ) -> None:
-        """`tools` None means that no calls are looked for. `stop_tag`, where it stands in content, stops the
+        """`declared` None means that no calls are looked for. `stop_tag`, where it stands in content, stops the
         parser: `has_stopped` becomes true and `take_rest` gives the text behind it. `stops_at_content` stops it at
         any content that is not whitespace; it stands behind `last_call_end`."""
-        self._reader = TagReader({} if tools is None else declared_tools(tools), any_function=True)
-        self._finds_calls = tools is not None
+        self._reader = TagReader(declared or {}, any_function=True)
+        self._finds_calls = declared is not None
         self._new_id = new_id
         self._stop_tag = stop_tag
         self._stops_at_content = stops_at_content
