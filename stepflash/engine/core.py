@@ -383,10 +383,14 @@ class EngineCore:
     def _draft_job(
         self, seq: Sequence, result: TrunkResult, before: int, depth: int, is_last: bool
     ) -> DraftJob | None:
-        """What is left to do for the modules; None for a finished sequence that leaves no snapshot."""
+        """What is left to do for the modules; None for a finished sequence that leaves no new snapshot."""
         snapshots = self._snapshots(seq, before)
-        if is_last and not snapshots:
-            return None
+        if is_last:
+            # Whoever continues this answer starts at its last block, so the modules must be up to date there.
+            boundary = seq.num_computed - seq.num_computed % self.config.block_size
+            is_newer = boundary > (seq.boundary[0] if seq.boundary else 0)
+            if self.prefix is None or not (is_newer or snapshots):
+                return None
         seq.drafts, seq.drafts_are_forced = [], False
         wanted = 0
         if result.token_ids and not is_last:
@@ -402,7 +406,7 @@ class EngineCore:
             seq,
             result.hidden_states,
             wanted,
-            must_advance=bool(snapshots) or not result.token_ids,
+            must_advance=is_last or bool(snapshots) or not result.token_ids,
             snapshots=snapshots,
         )
 

@@ -165,7 +165,8 @@ def _run_module(
         if seq.num_modules < module:
             continue
         start = mtp.num_computed[module - 1]
-        end = max(start, min(seq.num_computed, work.available) + 1)  # slots below are exact after this run
+        # Slots below `end` are exact after this run. Of a finished sequence every token may be computed.
+        end = max(start, min(work.available + 1, seq.num_computed + 1, len(seq.token_ids)))
         token_ids = seq.token_ids[start:end]
         if work.depth >= module:
             token_ids += work.job.drafts[max(0, start - len(seq.token_ids)) : module - 1]
