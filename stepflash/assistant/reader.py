@@ -93,7 +93,8 @@ class AnswerReader:
         self._detokenizer = tokenizer.detokenizer()
         self._parser: OutputParser | PlainText = PlainText()
         if prompt.parse:
-            self._parser = OutputParser(prompt.tools, in_reasoning=prompt.in_reasoning)
+            # Who offers no tools gets no calls: text that looks like one is then an example in the answer.
+            self._parser = OutputParser(prompt.tools or None, in_reasoning=prompt.in_reasoning)
         self._stop = StopStrings(sampling.stop)
         self._pending_prefill = prompt.prefill
         self._is_reasoning = prompt.in_reasoning and THINK_END not in prompt.prefill

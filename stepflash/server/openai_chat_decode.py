@@ -6,25 +6,17 @@ refused, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import from_json
-
 from stepflash.assistant.session import NO_THINKING
-from stepflash.chat.messages import Conversation, Message, Role, Tool, ToolCall
+from stepflash.chat.messages import Conversation, Tool
+from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.openai_schema import ChatBody, MessageBody, num_choices, sampling_params, text_of
+from stepflash.server.openai_schema import ChatBody, num_choices, sampling_params
 
-ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -51,7 +43,10 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
         RequestError: a value is wrong, or asks for something that is not supported.
     """
     _refuse_unsupported(body)
-    tools = tuple(_tool(definition, f"tools.{index}") for index, definition in enumerate(body.tools or ()))
+    messages = messages_from_openai(body.messages)
+    if not messages:
+        raise RequestError("messages must hold at least one message", param="messages")
+    tools = tools_from_openai(body.tools or ())
     tools, forced_call, max_tool_calls = _apply_tool_choice(body.tool_choice, tools)
     if body.parallel_tool_calls is False:
         max_tool_calls = 1
@@ -63,7 +58,7 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
     stream_options = body.stream_options
     return ChatRequest(
         model=body.model,
-        conversation=Conversation(messages=_messages(body.messages), tools=tools),
+        conversation=Conversation(messages=messages, tools=tools),
         sampling=sampling_params(
             body,
             max_tokens=max_tokens,
@@ -78,77 +73,6 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
         max_tool_calls=max_tool_calls,
         template_variables=body.chat_template_kwargs or {},
     )
-
-
-def _messages(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
-    if not bodies:
-        raise RequestError("messages must hold at least one message", param="messages")
-    return tuple(_message(body, f"messages.{index}") for index, body in enumerate(bodies))
-
-
-def _message(body: MessageBody, param: str) -> Message:
-    role = ROLES.get(body.role)
-    if role is None:
-        allowed = ", ".join(ROLES)
-        raise RequestError(f"{param}.role: {body.role!r} is not one of {allowed}", param=f"{param}.role")
-    reasoning = body.reasoning_content
-    if reasoning is None and isinstance(body.reasoning, str):
-        reasoning = body.reasoning
-    is_assistant = role == "assistant"
-    calls = (body.tool_calls or ()) if is_assistant else ()
-    return Message(
-        role=role,
-        content=text_of(body.content, f"{param}.content"),
-        reasoning=reasoning if is_assistant else None,
-        tool_calls=tuple(
-            ToolCall(
-                id=call.id,
-                name=call.function.name,
-                arguments=_arguments(
-                    call.function.arguments, f"{param}.tool_calls.{index}.function.arguments"
-                ),
-            )
-            for index, call in enumerate(calls)
-        ),
-        tool_call_id=body.tool_call_id,
-        name=body.name,
-    )
-
-
-def _arguments(arguments: str | Mapping[str, Any] | None, param: str) -> Mapping[str, Any]:
-    if isinstance(arguments, str):
-        try:
-            arguments = from_json(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            raise RequestError(f"{param}: not valid JSON: {error}", param=param) from None
-    if arguments is None:
-        return {}
-    if not isinstance(arguments, Mapping):
-        raise RequestError(f"{param}: the arguments must be a JSON object", param=param)
-    return arguments
-
-
-def _tool(definition: Mapping[str, Any], param: str) -> Tool:
-    kind = definition.get("type")
-    function = definition.get("function")
-    if kind != "function":
-        raise RequestError(
-            f"{param}.type: tools of type {kind!r} are not supported, only 'function'", param=f"{param}.type"
-        )
-    if not isinstance(function, Mapping):
-        raise RequestError(f"{param}.function: an object is needed", param=f"{param}.function")
-    name, parameters = function.get("name"), function.get("parameters")
-    if not isinstance(name, str) or not name or any(c.isspace() or c in "<>=" for c in name):
-        raise RequestError(
-            f"{param}.function.name: {name!r} is not a usable name: a string without spaces, <, > and =",
-            param=f"{param}.function.name",
-        )
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise RequestError(
-            f"{param}.function.parameters: a JSON schema object is needed",
-            param=f"{param}.function.parameters",
-        )
-    return Tool(definition=definition)
 
 
 def _apply_tool_choice(

@@ -1,13 +1,14 @@
 """Bodies of the OpenAI API as they arrive, and reading them without trusting them.
 
-pydantic checks names and types here; ranges are checked by `SamplingParams`, meaning by `openai_chat`.
+pydantic checks names and types here; ranges are checked by `SamplingParams`, messages and tools by
+`stepflash.chat.openai_messages`.
 Unknown fields are ignored, as the official servers do. Every problem becomes one `RequestError` that names
 the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,27 +25,6 @@ MAX_STOP_STRINGS = 16
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class FunctionCallBody(Body):
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class ToolCallBody(Body):
-    id: str = ""
-    type: str = "function"
-    function: FunctionCallBody
-
-
-class MessageBody(Body):
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | dict[str, Any] | None = None
-    tool_calls: list[ToolCallBody] | None = None
-    tool_call_id: str | None = None
 
 
 class StreamOptionsBody(Body):
@@ -78,7 +58,7 @@ class SamplingBody(Body):
 class ChatBody(SamplingBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[MessageBody]
+    messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -178,31 +158,6 @@ def num_choices(body: SamplingBody) -> int:
     return n
 
 
-def text_of(content: str | Sequence[Mapping[str, Any]] | None, param: str) -> str:
-    """The text of a message's content; parts are joined without separator.
-
-    Raises:
-        RequestError: a part is not text.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if kind not in ("text", "refusal"):
-            raise RequestError(
-                f"{param}.{index}: content parts of type {kind!r} are not supported, this model reads text only",
-                param=f"{param}.{index}.type",
-            )
-        if not isinstance(text, str):
-            raise RequestError(
-                f"{param}.{index}: a text part needs a string `text`", param=f"{param}.{index}"
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
     result = {}
     for token, value in bias.items():
@@ -215,16 +170,16 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def _field_path(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> str:
-    """The dotted path of a field; the names that pydantic gives to members of a union are left out."""
-    path: list[str] = []
+    """The path of a field, as in `tools[0].type`, without the names that pydantic gives to members of a union."""
+    path = ""
     for step in loc[:-1] if is_missing else loc:
         is_there = (isinstance(data, list) and isinstance(step, int) and step < len(data)) or (
             isinstance(data, dict) and step in data
         )
         if is_there:
             data = data[step]
-            path.append(str(step))
-    return ".".join([*path, str(loc[-1])] if is_missing else path)
+            path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return (f"{path}.{loc[-1]}" if is_missing else path).removeprefix(".")
 
 
 def _json_type(value: Any) -> str:

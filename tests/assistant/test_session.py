@@ -133,6 +133,11 @@ def test_tool_call_events_and_reason() -> None:
     assert result.to_message().tool_calls[0].arguments == {"city": "Oslo"}
 
 
+def test_without_tools_a_call_is_text() -> None:
+    result = answer(scripted_session("t\n</think>\n" + CALL + END))
+    assert (result.content, result.tool_calls, result.finish_reason) == (CALL, (), "stop")
+
+
 def test_tool_call_limit_ends_the_request() -> None:
     session = scripted_session("t\n</think>\n" + CALL + CALL + END, bursts=[7])
     conversation = Conversation(messages=HELLO.messages, tools=(WEATHER,))
