@@ -76,7 +76,7 @@ CONFIG: dict[str, Any] = {
 class Recipe:
     """Numbers of a run. Shares are of the run's tokens."""
 
-    tokens: int = 12_000_000
+    tokens: int = 6_000_000
     tokens_per_pack: int = 6144
     max_document_tokens: int = 1024
     peak_lr: float = 4e-3
@@ -86,7 +86,7 @@ class Recipe:
     decay_from: float = 0.55
     router_bias_rate: float = 5e-3
     router_bias_until: float = 0.8
-    mtp_from: float = 0.5
+    mtp_from: float = 0.65
     mtp_weight: float = 0.3
     head_norm_init: float = 0.3
     muon_steps: int = 5

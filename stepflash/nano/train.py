@@ -113,8 +113,10 @@ def rates_at(recipe: Recipe, progress: float) -> StepRates:
     )
 
 
-def train(recipe: Recipe, out: Path, *, seed: int, worker: int, num_workers: int) -> None:
-    """Run or continue one training run in `out`; every worker calls this."""
+def train(
+    recipe: Recipe, out: Path, *, seed: int, worker: int, num_workers: int, stop_after: int | None = None
+) -> None:
+    """Run or continue one training run in `out`; every worker calls this. `stop_after` tokens it pauses."""
     torch.set_num_threads(1 if num_workers > 1 else torch.get_num_threads())
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     config = ModelConfig.from_dict({**CONFIG, "vocab_size": padded_vocabulary(tokenizer)})
@@ -154,7 +156,7 @@ def train(recipe: Recipe, out: Path, *, seed: int, worker: int, num_workers: int
         task = bar.add_task("training nano", total=recipe.tokens, completed=tokens, loss=float("nan"))
         interrupted = _catch_interrupt()
         stopped = False
-        while tokens < recipe.tokens and not stopped:
+        while tokens < min(recipe.tokens, stop_after or recipe.tokens) and not stopped:
             started = time.monotonic()
             progress = tokens / recipe.tokens
             rates = rates_at(recipe, progress)

@@ -32,9 +32,8 @@ class PackedBatch:
         Returns:
             rows [num_targets] int64 into the pack, target ids [num_targets].
         """
-        num_tokens = self.input_ids.shape[0]
-        rows = torch.arange(num_tokens - offset)
-        same = self.positions[offset:] == self.positions[: num_tokens - offset] + offset
+        rows = torch.arange(max(self.input_ids.shape[0] - offset, 0))
+        same = self.positions[offset:] == self.positions[: len(rows)] + offset
         rows = rows[same & self.loss_mask[offset:]]
         return rows, self.input_ids[rows + offset]
 
