@@ -6,8 +6,9 @@ alone and not on how it was cut into pieces.
 
 What is decided here once, for all wire formats:
   * Parameters that are text by their schema stream as they arrive; others are passed on when they are complete.
-  * `</parameter>` ends a value only when the call goes on or ends behind it, so that a value may talk about tool
-    calls. Without it a value ends at the next declared parameter, at `</function>` or at the end.
+  * `</parameter>` ends a value only when the call goes on or ends behind it, and a whole call inside a value is
+    part of it, so that a value may talk about tool calls. Without `</parameter>` a value ends at the next declared
+    parameter, at `</function>` or at the end.
   * A call that lacks tags, or has them misspelt, is mended and marked `repaired` (see `TagReader.header`). Of a
     parameter given twice the first counts. A call cut off by the end of the output is closed as it stands.
   * Whitespace alone before, between and after calls is no content.
@@ -115,6 +116,7 @@ class ToolCallParser:
         self._orphans: frozenset[str] = frozenset()  # closing tags of a call that was closed without them
         self._call = _Call(index=-1, wrapped=False, typings={}, repaired=False)
         self._key: str | None = None
+        self._num_quoted_calls = 0  # calls that have begun inside the value
         self._value = _Value(Typing())
         self.num_calls = first_index
         self.has_stopped = False
@@ -246,6 +248,7 @@ class ToolCallParser:
         """One newline behind the header belongs to the tag."""
         if self._reader.text.startswith("\n", self._position):
             self._position += 1
+        self._num_quoted_calls = 0
         self._step = self._value_step
 
     def _value_step(self) -> None:
@@ -258,7 +261,11 @@ class ToolCallParser:
             elif reader.at_end:
                 self._end_value(start, is_complete=False)
             return
-        if reader.is_at(start, PARAMETER_END):
+        if reader.is_at(start, CALL_START) and reader.opening(start) is not None:
+            self._num_quoted_calls += 1
+        elif self._num_quoted_calls:
+            self._num_quoted_calls -= reader.is_at(start, CALL_END)
+        elif reader.is_at(start, PARAMETER_END):
             if self._goes_on(reader.after_space(start + len(PARAMETER_END))):
                 self._end_value(start + len(PARAMETER_END), is_complete=True)
                 return

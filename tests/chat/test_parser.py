@@ -248,10 +248,28 @@ CALLS = {
             False,
         ),
     ),
-    "a header of another tool in a value": answer(
-        call("write", ("content", "<tool_call>\n<function=x>\n<parameter=y>\n"), ("path", "p")),
+    "a header in a value": answer(
+        call(
+            "write",
+            ("content", "<tool_call>\n<function=x> is how\na call <function=y> begins"),
+            ("path", "p"),
+        ),
         None,
-        ("write", {"content": "<tool_call>\n<function=x>\n<parameter=y>\n", "path": "p"}, False),
+        (
+            "write",
+            {"content": "<tool_call>\n<function=x> is how\na call <function=y> begins", "path": "p"},
+            False,
+        ),
+    ),
+    "whole calls in a value": answer(
+        call("write", ("content", f"{CLOCK}\nand\n{DALLAS}\n."), ("path", "p")),
+        None,
+        ("write", {"content": f"{CLOCK}\nand\n{DALLAS}\n.", "path": "p"}, False),
+    ),
+    "a call that writes a call, in a value": answer(
+        call("write", ("content", call("write", ("content", CLOCK))), ("path", "p")),
+        None,
+        ("write", {"content": call("write", ("content", CLOCK)), "path": "p"}, False),
     ),
     "XML parameters in a value": answer(
         call("write", ("content", '<parameter name="a">1</parameter>\n<other/>')),

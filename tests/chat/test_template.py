@@ -299,6 +299,7 @@ def test_builtin_template_renders_the_published_format(name: str) -> None:
     messages, tools, expected = GOLDEN[name]
     template = ChatTemplate.builtin()
     assert template.render(messages, tools).text == BOS + expected + ASK
+    assert template.render(messages, tools).opens_thought
     assert template.render(messages, tools, add_generation_prompt=False).text == BOS + expected
 
 
