@@ -110,13 +110,19 @@ class Engine:
                 if not self._handle_inbox():
                     break
                 if self._core.has_work:
-                    self._send(self._core.step())
-                self._stats = self._core.stats()
+                    outputs = self._core.step()
+                    # Whoever sees a last output must find it counted.
+                    self._stats = self._core.stats()
+                    self._send(outputs)
             except Exception as error:  # the thread must survive; see the module docstring
                 logger.exception("the engine step failed")
-                self._send(self._core.fail_all(error))
-        self._send(self._core.fail_all(EngineError("the engine was closed")))
+                self._end_all(error)
+        self._end_all(EngineError("the engine was closed"))
+
+    def _end_all(self, error: BaseException) -> None:
+        outputs = self._core.fail_all(error)
         self._stats = self._core.stats()
+        self._send(outputs)
 
     def _handle_inbox(self) -> bool:
         """Do what others asked for; waits while there is nothing else to do. False to end."""
@@ -146,6 +152,7 @@ class Engine:
     def _abort(self, request_id: str) -> None:
         output = self._core.abort(request_id)
         if output is not None:
+            self._stats = self._core.stats()
             self._send([output])
 
     def _send(self, outputs: list[Output]) -> None:

@@ -1,0 +1,122 @@
+"""The engine thread over asyncio: same tokens as the core, aborts, refusals, survival."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stepflash.engine.core import EngineCore
+from stepflash.engine.engine import Engine
+from stepflash.engine.request import Output, Request
+from stepflash.errors import EngineError, PromptTooLong
+from tests.engine.conftest import drive, request
+
+NewCore = Callable[..., EngineCore]
+
+
+async def read(engine: Engine, asked: Request) -> list[Output]:
+    return [output async for output in engine.submit(asked)]
+
+
+async def until_idle(engine: Engine) -> None:
+    deadline = time.monotonic() + 20
+    while engine.stats().num_running or engine.stats().num_waiting:
+        assert time.monotonic() < deadline, "the engine is still busy"
+        await asyncio.sleep(0.005)
+
+
+def test_concurrent_streams_equal_the_core(new_core: NewCore, golden: tuple[list[int], list[int]]) -> None:
+    prompt, expected = golden
+    others = [request(f"r{i}", prompt[i : i + 30], max_tokens=15, temperature=1.0, seed=i) for i in range(4)]
+    alone = drive(new_core(), *others)
+
+    async def main() -> None:
+        with Engine(new_core()) as engine:
+            asked = [request("a", prompt, max_tokens=30), *others]
+            streams = await asyncio.gather(*(read(engine, r) for r in asked))
+            tokens = {s[0].request_id: [t for o in s for t in o.token_ids] for s in streams}
+            assert tokens.pop("a") == expected[:30]
+            assert tokens == {name: entry.token_ids for name, entry in alone.items()}
+            assert all(sum(o.finish_reason is not None for o in s) == 1 for s in streams)
+            assert engine.stats().num_finished == 5
+            assert engine.call(lambda core: core.check_integrity()).result(20) is None
+
+    asyncio.run(main())
+
+
+def test_leaving_a_stream_aborts_its_request(new_core: NewCore) -> None:
+    async def main() -> None:
+        with Engine(new_core()) as engine:
+            stream = engine.submit(request("left", [5] * 10, max_tokens=400))
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+            task = asyncio.create_task(read(engine, request("cancelled", [6] * 10, max_tokens=400)))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            aborted = asyncio.create_task(read(engine, request("aborted", [7] * 10, max_tokens=400)))
+            await asyncio.sleep(0.05)
+            engine.abort("aborted")
+            engine.abort("nobody")
+            assert (await aborted)[-1].finish_reason == "abort"
+            await until_idle(engine)
+            assert engine.stats().kv_used_bytes == engine.stats().kv_cached_bytes
+            engine.call(lambda core: core.check_integrity()).result(20)
+
+    asyncio.run(main())
+
+
+def test_refusals_reach_the_caller_before_anything_runs(new_core: NewCore) -> None:
+    async def main() -> None:
+        engine = Engine(new_core(max_model_len=100))
+        with pytest.raises(PromptTooLong):
+            engine.submit(request("long", [5] * 100))
+        running = asyncio.create_task(read(engine, request("same", [5] * 10, max_tokens=80)))
+        await asyncio.sleep(0.02)
+        with pytest.raises(Exception, match="already running"):
+            await read(engine, request("same", [5] * 10))
+        engine.close()
+        assert (await running)[-1].finish_reason in ("error", "length")
+        with pytest.raises(EngineError, match="closed"):
+            engine.submit(request("after", [5]))
+
+    asyncio.run(main())
+
+
+def test_the_thread_survives_a_failure_of_the_scheduler(
+    new_core: NewCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = new_core()
+    schedule, fail = core.scheduler.schedule, [True]
+
+    def sometimes(now: float) -> Any:
+        if fail.pop() if fail else False:
+            raise RuntimeError("scheduler bug")
+        return schedule(now)
+
+    monkeypatch.setattr(core.scheduler, "schedule", sometimes)
+
+    async def main() -> None:
+        with Engine(core) as engine:
+            outputs = await read(engine, request("first", [5] * 10, max_tokens=5))
+            assert outputs[-1].error == "RuntimeError: scheduler bug"
+            outputs = await read(engine, request("second", [5] * 10, max_tokens=5))
+            assert outputs[-1].finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_a_dead_event_loop_does_not_hurt_others(new_core: NewCore) -> None:
+    with Engine(new_core()) as engine:
+        loop = asyncio.new_event_loop()
+        stream = engine.submit(request("orphan", [5] * 10, max_tokens=400))
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        outputs = asyncio.run(read(engine, request("alive", [6] * 10, max_tokens=5)))
+        assert outputs[-1].finish_reason == "length"
+        asyncio.run(until_idle(engine))

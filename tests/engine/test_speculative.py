@@ -1,0 +1,63 @@
+"""The depth controller on a simulated machine: it finds the best depth and does not insist on a bad one."""
+
+from __future__ import annotations
+
+import pytest
+
+from stepflash.engine.speculative import DepthController, expected_tokens, num_accepted
+
+
+def simulate(acceptance: list[float], seconds: list[float], steps: int) -> list[int]:
+    controller = DepthController(3)
+    chosen = []
+    for _ in range(steps):
+        depth = controller.choose([acceptance])
+        controller.observe(1, depth, seconds[depth])
+        chosen.append(depth)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "seconds", "best"),
+    [
+        # Tokens per second by hand: 1/1, 1.9/1.1, 2.71/1.2, 3.44/1.3 = 2.65.
+        ([0.9, 0.9, 0.9], [1.0, 1.1, 1.2, 1.3], 3),
+        # Nothing is ever accepted: any cost is wasted.
+        ([0.01, 0.01, 0.01], [1.0, 1.05, 1.1, 1.15], 0),
+        # The second draft hardly ever survives: 1.8/1.1 = 1.64 against 1.84/1.2 = 1.53.
+        ([0.8, 0.05, 0.5], [1.0, 1.1, 1.2, 1.3], 1),
+        # Drafts are good but cost a lot, as with experts on slow memory.
+        ([0.6, 0.6, 0.6], [1.0, 2.0, 3.0, 4.0], 0),
+    ],
+)
+def test_the_depth_settles_on_the_fastest(acceptance: list[float], seconds: list[float], best: int) -> None:
+    chosen = simulate(acceptance, seconds, 400)
+    warm = 4 * DepthController.WARM_UP_SAMPLES
+    settled = chosen[warm:]
+    assert settled.count(best) / len(settled) > 0.9
+    # Other depths are looked at again now and then, in case the world has changed.
+    assert set(settled) == {0, 1, 2, 3}
+    rate = expected_tokens(acceptance, best) / seconds[best]
+    achieved = sum(expected_tokens(acceptance, d) for d in settled) / sum(seconds[d] for d in settled)
+    assert achieved > 0.95 * rate
+
+
+def test_a_change_of_cost_is_noticed() -> None:
+    controller = DepthController(3)
+    seconds = [1.0, 1.1, 1.2, 1.3]
+    for step in range(1200):
+        if step == 300:
+            seconds = [1.0, 3.0, 5.0, 7.0]
+        depth = controller.choose([[0.8, 0.8, 0.8]])
+        controller.observe(1, depth, seconds[depth])
+    assert controller.choose([[0.8, 0.8, 0.8]]) == 0
+
+
+def test_acceptance_counts_only_drafts_whose_predecessors_were_right() -> None:
+    controller = DepthController(3)
+    chances = [0.5, 0.5, 0.5]
+    controller.accept(chances, num_drafts=3, num_accepted=1)
+    assert chances == pytest.approx([0.55, 0.45, 0.5])  # right, wrong, unknown
+    assert expected_tokens([0.5, 0.5, 0.2], 3) == pytest.approx(1 + 0.5 + 0.25 + 0.05)
+    assert [num_accepted([4, 5, 6], chosen) for chosen in ([4, 5, 6, 7], [4, 9, 6, 7], [1, 5, 6, 7])] == [3, 1, 0]
+    assert num_accepted([], [3]) == 0
