@@ -166,7 +166,8 @@ def load() -> bool:
             if os.environ.get("STEPFLASH_NATIVE") == "0":
                 return False
             try:
-                torch.ops.load_library(str(build(all_isas="STEPFLASH_ISA" in os.environ)))
+                library = build(all_isas="STEPFLASH_ISA" in os.environ)
+                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
                 _loaded = True
             except (BuildError, OSError) as error:
                 log.warning("native kernels are off, the slower PyTorch references run instead: %s", error)

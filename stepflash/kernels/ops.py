@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepflash.kernels import build, reference
 
-_library = torch.library.Library("stepflash", "DEF")
+_library = torch.library.Library("stepflash", "DEF")  # type: ignore[no-untyped-call]
 
 # No defaults where there is a gradient: the dispatcher would drop them, and backward lose count.
 _SCHEMAS = {
@@ -38,7 +38,8 @@ _SCHEMAS = {
     "cache_write": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
     " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
     "paged_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
-    " Tensor cu_seqlens, int window, float scale, Tensor? gate=None, Tensor? k_scale=None, Tensor? v_scale=None)"
+    " Tensor cu_seqlens, int window, float scale, int first_key=0, Tensor? gate=None, Tensor? k_scale=None,"
+    " Tensor? v_scale=None)"
     " -> Tensor",
     "advise_huge_pages": "(Tensor packed) -> ()",
 }
@@ -152,8 +153,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 _DIFFERENTIABLE = ("rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope")
 
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, _default(_name), "CompositeExplicitAutograd")
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _default(_name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"stepflash::{_name}", _FAKES[_name], lib=_library)
 for _name in _DIFFERENTIABLE:
     _add_gradient(_name)
@@ -288,6 +289,7 @@ def paged_attention(
     cu_seqlens: Tensor,
     window: int,
     scale: float,
+    first_key: int = 0,
     gate: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -307,9 +309,23 @@ def paged_attention(
         seq_lens: [num_seqs] int32, positions in the cache including the queries.
         cu_seqlens: [num_seqs + 1] int32, from 0 to num_tokens.
         window: keys p - window + 1 .. p are visible to position p; 0: all up to p.
+        first_key: keys before it hold nothing and are never visible.
         gate: [num_tokens, num_heads] logits; the result is multiplied by sigmoid(gate).
     """
-    args = (q, k_cache, v_cache, block_table, seq_lens, cu_seqlens, window, scale, gate, k_scale, v_scale)
+    args = (
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens,
+        window,
+        scale,
+        first_key,
+        gate,
+        k_scale,
+        v_scale,
+    )
     if k_cache.dtype in (torch.bfloat16, torch.int8) and k_cache.shape[-1] % 32 == 0:
         return torch.ops.stepflash.paged_attention(*args)  # type: ignore[no-any-return]
     return reference.paged_attention(*args)

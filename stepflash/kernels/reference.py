@@ -24,11 +24,12 @@ def round_activations(x: Tensor, fmt: Format) -> Tensor:
     if fmt.group == 0:
         return x.to(torch.bfloat16).float()
     k = x.shape[-1]
-    wide = F.pad(x.float(), (0, -k % fmt.group)).unflatten(-1, (-1, fmt.group))
+    wide = F.pad(x.float(), (0, -k % fmt.group)).view(*x.shape[:-1], -1, fmt.group)
     peak = wide.detach().abs().amax(-1, keepdim=True)
     inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, 0.0)
     rounded = (wide.detach() * inverse).round() * (peak / 127.0)
-    return (wide + (rounded - wide.detach())).flatten(-2)[..., :k]
+    result: Tensor = (wide + (rounded - wide.detach())).flatten(-2)[..., :k]
+    return result
 
 
 def _matmul(x: Tensor, packed: Tensor, fmt: Format, n: int) -> Tensor:
@@ -61,7 +62,7 @@ def linear(
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
     if gate is not None:
-        heads = x.float().unflatten(-1, (gate.shape[1], -1)) * torch.sigmoid(gate.float()).unsqueeze(-1)
+        heads = x.float().view(x.shape[0], gate.shape[1], -1) * torch.sigmoid(gate.float()).unsqueeze(-1)
         x = heads.flatten(-2).to(x.dtype)
     parts = [_matmul(x, w, Format(f), n) for w, f, n in zip(weights, formats, sizes, strict=True)]
     out = torch.cat(parts, -1)
@@ -125,7 +126,7 @@ def moe(
         if topk_ids is None or topk_weights is None:
             assert router_weight is not None
             topk_ids, topk_weights = route(normed, router_weight, router_bias, top_k, scaling_factor)
-        for expert in topk_ids.unique().tolist():
+        for expert in torch.unique(topk_ids).tolist():
             token, slot = (topk_ids == expert).nonzero(as_tuple=True)
             packed = [weight[expert] for weight in experts]
             out = _expert(normed[token], packed, expert_formats, expert_size, limit)
@@ -185,6 +186,7 @@ def paged_attention(
     cu_seqlens: Tensor,
     window: int,
     scale: float,
+    first_key: int = 0,
     gate: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -198,8 +200,8 @@ def paged_attention(
         if begin == end:
             continue
         positions = torch.arange(length - (end - begin), length, device=q.device)
-        first = max(0, int(positions[0]) - window + 1) if window else 0
-        keys = torch.arange(first, length, device=q.device)
+        first = max(first_key, int(positions[0]) - window + 1) if window else first_key
+        keys = torch.arange(min(first, length), length, device=q.device)
         slots = block_table[seq].long()[keys // block_size] * block_size + keys % block_size
         k, v = (_cached(cache, s, slots) for cache, s in ((k_cache, k_scale), (v_cache, v_scale)))
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))  # [num_keys, num_heads, head_dim]
@@ -208,7 +210,8 @@ def paged_attention(
         hidden = keys[None] > positions[:, None]
         if window:
             hidden |= keys[None] <= positions[:, None] - window
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        # A query before first_key sees nothing: zeros, not NaN.
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
         attended = torch.einsum("hqk,khd->qhd", weights, v)
         if gate is not None:
             attended = attended * torch.sigmoid(gate[begin:end].float()).unsqueeze(-1)

@@ -53,13 +53,30 @@ def paged(lengths: list[int], num_kv_heads: int, head_dim: int, block_size: int,
 
 
 def run(
-    p: Paged, q: Tensor, seq_lens: list[int], counts: list[int], window: int, gate: Tensor | None = None
+    p: Paged,
+    q: Tensor,
+    seq_lens: list[int],
+    counts: list[int],
+    window: int,
+    gate: Tensor | None = None,
+    first_key: int = 0,
 ) -> Tensor:
     cu_seqlens = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
     lens = torch.tensor(seq_lens, dtype=torch.int32)
     scale = q.shape[-1] ** -0.5
     return ops.paged_attention(
-        q, p.k_cache, p.v_cache, p.block_table, lens, cu_seqlens, window, scale, gate, p.k_scale, p.v_scale
+        q,
+        p.k_cache,
+        p.v_cache,
+        p.block_table,
+        lens,
+        cu_seqlens,
+        window,
+        scale,
+        first_key,
+        gate,
+        p.k_scale,
+        p.v_scale,
     )
 
 
@@ -133,6 +150,7 @@ def test_long_context_against_the_reference(int8: bool, window: int) -> None:
         cu_seqlens,
         window,
         0.125,
+        0,
         gate,
         p.k_scale,
         p.v_scale,
@@ -229,3 +247,15 @@ def test_opcheck() -> None:
     args = (torch.randn(3, 4, 32), p.k_cache, p.v_cache, p.block_table, lens, cu_seqlens, 0, 0.1)
     opcheck(op.paged_attention, args)
     opcheck(op.cache_write, (p.k[0][:2], p.v[0][:2], p.k_cache, p.v_cache, torch.tensor([4, 5])))
+
+
+@pytest.mark.parametrize("window", [0, 30])
+@torch.inference_mode()
+def test_keys_before_the_first_are_never_visible(window: int) -> None:
+    p = paged([100], 1, 32, 16)
+    q = torch.randn(100, 2, 32).bfloat16().float()
+    actual = run(p, q, [100], [100], window, first_key=3)
+    assert torch.equal(actual[:3], torch.zeros(3, 2, 32))  # nothing to see: zeros
+    shifted = Paged([p.k[0][3:]], [p.v[0][3:]], p.k_cache, p.v_cache, p.block_table)
+    expected = brute_force(shifted, q[3:], [97], [97], window, None)
+    assert (actual[3:] - expected).abs().max() < 4e-3 * expected.abs().max()

@@ -176,7 +176,7 @@ def test_names() -> None:
     assert parse_format("int8", 64) == Format.INT8_G32
     assert parse_format("int4", 2816) == Format.INT4_G32
     assert Format.INT4_G32.bits_per_weight <= 4.6
-    with pytest.raises(ValueError, match="int5.*known"):
+    with pytest.raises(ValueError, match=r"int5.*known"):
         parse_format("int5", 64)
     with pytest.raises(ValueError, match="GGUF"):
         quantize(torch.zeros(32, 256), Format.Q4_K)

@@ -93,7 +93,8 @@ struct AttentionArgs {
   Cache cache;
   const int32_t *block_table, *seq_lens, *cu_seqlens;
   int64_t max_blocks;
-  int64_t window;  // 0: none
+  int64_t window;     // 0: none
+  int64_t first_key;  // keys before it hold nothing
   float scale;
 };
 

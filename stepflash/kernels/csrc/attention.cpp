@@ -227,7 +227,7 @@ class Attention {
 
   // Scores to probabilities of one row; returns the factor by which its older sums shrink.
   float softmax_row(int64_t row, int64_t key, int64_t position) {
-    const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
+    const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
     float* scores = s.scores + row * KEYS;
     if (key < oldest || key + KEYS > position + 1)
       for (int64_t j = 0; j < KEYS; ++j)
@@ -286,7 +286,7 @@ struct Plan {
       const int64_t begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
       for (int64_t t = begin; t < end; t += tokens) {
         const int64_t count = std::min(tokens, end - t), position = a.seq_lens[seq] - end + t;
-        const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
+        const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
         for (int64_t h = 0; h < a.cache.num_kv_heads; ++h) whole.push_back({seq, t, count, position, h, oldest, position + count, -1});
         splits = std::max(splits, (position + count) / SPLIT - oldest / SPLIT + 1);
       }

@@ -229,12 +229,12 @@ void cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, const 
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
-                       const Tensor& cu_seqlens, int64_t window, double scale, const OptTensor& gate, const OptTensor& k_scale, const OptTensor& v_scale) {
+                       const Tensor& cu_seqlens, int64_t window, double scale, int64_t first_key, const OptTensor& gate, const OptTensor& k_scale, const OptTensor& v_scale) {
   AttentionArgs a;
   a.num_threads = at::get_num_threads();
   a.cache = cache_of(k_cache, v_cache, k_scale, v_scale);
   a.q = head_view(q, "q"), a.gate = view(gate, "gate");
-  a.num_heads = q.size(1), a.num_seqs = seq_lens.numel(), a.window = window, a.scale = (float)scale;
+  a.num_heads = q.size(1), a.num_seqs = seq_lens.numel(), a.window = window, a.first_key = first_key, a.scale = (float)scale;
   TORCH_CHECK(q.size(2) == a.cache.head_dim && a.num_heads % a.cache.num_kv_heads == 0 && a.num_heads / a.cache.num_kv_heads <= 48,
               "paged_attention: q ", q.sizes(), " does not fit the cache ", k_cache.sizes());
   TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) == a.num_seqs && cu_seqlens.numel() == a.num_seqs + 1,
@@ -242,13 +242,13 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   TORCH_CHECK(!gate || (gate->size(0) == q.size(0) && gate->size(1) == a.num_heads), "paged_attention: gate must be [num_tokens, num_heads]");
   a.block_table = pointer<int32_t>(block_table, at::kInt, "block_table"), a.max_blocks = block_table.size(1);
   a.seq_lens = pointer<int32_t>(seq_lens, at::kInt, "seq_lens"), a.cu_seqlens = pointer<int32_t>(cu_seqlens, at::kInt, "cu_seqlens");
-  TORCH_CHECK(window >= 0 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == q.size(0), "paged_attention: cu_seqlens must run from 0 to num_tokens");
+  TORCH_CHECK(window >= 0 && first_key >= 0 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == q.size(0), "paged_attention: cu_seqlens must run from 0 to num_tokens; window and first_key must not be negative");
   for (int64_t s = 0; s < a.num_seqs; ++s) {
     const int64_t count = a.cu_seqlens[s + 1] - a.cu_seqlens[s], length = a.seq_lens[s], first = length - count;
     if (count == 0) continue;
     TORCH_CHECK(count > 0 && first >= 0 && length <= a.max_blocks * a.cache.block_size, "paged_attention: sequence ", s, " has ", count, " queries and length ",
                 length, " with room for ", a.max_blocks * a.cache.block_size);
-    const int64_t oldest = window > 0 ? std::max<int64_t>(0, first - window + 1) : 0;
+    const int64_t oldest = window > 0 ? std::max(first_key, first - window + 1) : first_key;
     for (int64_t b = oldest / a.cache.block_size; b <= (length - 1) / a.cache.block_size; ++b) {
       const int64_t block = a.block_table[s * a.max_blocks + b];
       TORCH_CHECK(block >= 0 && block < k_cache.size(0), "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", k_cache.size(0), " blocks");
