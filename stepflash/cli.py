@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -74,52 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=VersionAction, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    generate = commands.add_parser("generate", help="one completion")
-    _add_model(generate)
-    generate.add_argument(
-        "--prompt", metavar="TEXT", help="what to answer or continue; default: standard input"
-    )
-    generate.add_argument("--system", metavar="TEXT", help="the system message")
-    generate.add_argument(
-        "--raw", action="store_true", help="continue the text as it is, without chat template"
-    )
-    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    _add_sampling(generate, default_max_tokens=1024)
-    _add_engine(generate)
-    generate.set_defaults(run=_generate)
-
-    chat = commands.add_parser("chat", help="chat in the terminal")
-    _add_model(chat)
-    chat.add_argument("--system", metavar="TEXT", help="the system message")
-    _add_sampling(chat, default_max_tokens=None)
-    _add_engine(chat)
-    chat.set_defaults(run=_chat)
-
-    server = ServerSettings()
-    serve = commands.add_parser("serve", help="serve the OpenAI API and a chat page")
-    _add_model(serve)
-    serve.add_argument("--host", default=server.host, help="address to listen on (%(default)s)")
-    serve.add_argument("--port", type=int, default=server.port, help="port, 0 for any (%(default)s)")
-    serve.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="accept only requests with this key; may be given several times",
-    )
-    serve.add_argument("--served-model-name", metavar="NAME", help="the name that clients use")
-    _add_engine(serve)
-    serve.set_defaults(run=_serve)
-
-    inspect = commands.add_parser("inspect", help="configuration, layers, parameters, memory, tensors")
-    _add_model(inspect)
-    inspect.add_argument("--verify", action="store_true", help="read every tensor and check its values")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(run=_inspect)
-
-    for command in (generate, chat, serve, inspect):
+    for name, (summary, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=MODEL_HELP)
+        add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        command.set_defaults(run=run)
     return parser
 
 
@@ -135,17 +95,52 @@ class VersionAction(argparse.Action):
 
 def _check_command(arguments: Sequence[str]) -> None:
     """Name the nearest command when the given one does not exist."""
-    known = ("generate", "chat", "serve", "inspect")
+    known = ", ".join(COMMANDS)
     if not arguments:
-        raise UsageError(f"a command is needed: {', '.join(known)} (see stepflash --help)")
+        raise UsageError(f"a command is needed: {known} (see stepflash --help)")
     first = arguments[0]
-    if not first.startswith("-") and first not in known:
-        hint = did_you_mean(first, known) or f"; there are {', '.join(known)}"
+    if not first.startswith("-") and first not in COMMANDS:
+        hint = did_you_mean(first, COMMANDS) or f"; there are {known}"
         raise UsageError(f"there is no command {first!r}{hint}")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=MODEL_HELP)
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what to answer or continue; default: standard input"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without chat template"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    _add_sampling(parser, default_max_tokens=1024)
+    _add_engine(parser)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(parser, default_max_tokens=None)
+    _add_engine(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    server = ServerSettings()
+    parser.add_argument("--host", default=server.host, help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=server.port, help="port, 0 for any (%(default)s)")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept only requests with this key; may be given several times",
+    )
+    parser.add_argument("--served-model-name", metavar="NAME", help="the name that clients use")
+    _add_engine(parser)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="read every tensor and check its values")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, default_max_tokens: int | None) -> None:
@@ -249,6 +244,16 @@ def _inspect(args: argparse.Namespace) -> int:
 
     return run_inspect(args.model, should_verify=args.verify, as_json=args.json)
 
+
+# What the command line has: a summary, what to add to the parser, and what to run.
+COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+] = {
+    "generate": ("one completion", _add_generate, _generate),
+    "chat": ("chat in the terminal", _add_chat, _chat),
+    "serve": ("serve the OpenAI API and a chat page", _add_serve, _serve),
+    "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
+}
 
 if __name__ == "__main__":
     sys.exit(main())
