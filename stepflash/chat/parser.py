@@ -72,7 +72,7 @@ class OutputParser:
         self._content = ToolCallParser(
             self._declared, new_id=new_id, stop_tag=None if in_reasoning else THINK_START
         )
-        # Names the text that is not decided yet, and recognises calls inside a thought.
+        # Holds the text that is not decided yet, and recognises calls inside a thought.
         self._reader = TagReader(self._declared or {}, any_function=not tools)
         self._position = 0
         self._events: list[Event] = []
