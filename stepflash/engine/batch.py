@@ -28,25 +28,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Flat tensors over num_tokens tokens, and per-sequence facts in both forms that their readers want.
+    """Flat tensors over num_tokens tokens, and the tables of their sequences.
 
     input_ids, positions: [num_tokens] int64. slot_mapping[group]: [num_tokens] int64, flat cache slots.
-    block_tables[group]: [num_seqs, max_blocks] int32. cu_seqlens: num_seqs + 1 token boundaries;
-    context_lens: slots per sequence that exist after this run.
+    block_tables[group]: [num_seqs, max_blocks] int32. cu_seqlens: [num_seqs + 1] int32 token boundaries, which
+    `bounds` has as a list; context_lens: [num_seqs] int32, slots per sequence that exist after this run.
     """
 
     input_ids: Tensor
     positions: Tensor
     slot_mapping: tuple[Tensor, Tensor]
     block_tables: tuple[Tensor, Tensor]
-    cu_seqlens: list[int]
-    context_lens: list[int]
-    cu_seqlens_tensor: Tensor
-    context_lens_tensor: Tensor
+    cu_seqlens: Tensor
+    context_lens: Tensor
+    bounds: list[int]
 
     @property
     def num_tokens(self) -> int:
-        return self.cu_seqlens[-1]
+        return self.bounds[-1]
 
 
 def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenBatch:
@@ -76,8 +75,7 @@ def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenB
         positions=to_device(slots - shift),
         slot_mapping=(to_device(full), to_device(sliding)),
         block_tables=(to_device(full_table), to_device(sliding_table)),
-        cu_seqlens=cu_seqlens.tolist(),
-        context_lens=context_lens.tolist(),
-        cu_seqlens_tensor=to_device(cu_seqlens),
-        context_lens_tensor=to_device(context_lens),
+        cu_seqlens=to_device(cu_seqlens),
+        context_lens=to_device(context_lens),
+        bounds=cu_seqlens.tolist(),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepflash.engine.blocks import BlockPool, OutOfBlocks
 from stepflash.errors import ConfigError
-from stepflash.model.config import ModelConfig
+from stepflash.model.config import LayerConfig, ModelConfig
 from stepflash.model.cost import kv_bytes_per_position
 
 FULL, SLIDING = 0, 1
@@ -85,12 +85,19 @@ class KVCache:
         self.first_slot = {i: max(0, i - config.num_layers + 1) for i in range(len(config.layers))}
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        # Of an int8 cache: float32 scales of keys and values, [num_blocks, block_size, num_kv_heads].
+        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, group in self.group_of.items():
             shape = config.layers[layer]
             size = (num_blocks[group], limits.block_size, shape.num_kv_heads, shape.head_dim)
             # Zeroed pages are mapped on first touch, so a large cache costs no memory until it is used.
             self.keys[layer] = torch.zeros(size, dtype=limits.dtype, device=self.device)
             self.values[layer] = torch.zeros(size, dtype=limits.dtype, device=self.device)
+            if limits.dtype == torch.int8:
+                self.scales[layer] = (
+                    torch.zeros(size[:3], device=self.device),
+                    torch.zeros(size[:3], device=self.device),
+                )
         slots = limits.max_model_len + LOOKAHEAD_SLOTS
         table_shape = (limits.max_num_seqs, -(-slots // limits.block_size))
         self.tables = tuple(np.zeros(table_shape, dtype=np.int32) for _ in (FULL, SLIDING))
@@ -176,12 +183,6 @@ class KVCache:
         ]
         return first, ids
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v [num_tokens, num_kv_heads, head_dim] at flat slots [num_tokens]."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
-        values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
-
 
 def _windows(config: ModelConfig, num_modules: int) -> list[tuple[int, int]]:
     cached = config.layers[: config.num_layers + num_modules]
@@ -196,10 +197,14 @@ def group_layers(config: ModelConfig, num_modules: int) -> tuple[tuple[int, ...]
 
 
 def block_bytes(config: ModelConfig, limits: CacheLimits) -> tuple[int, int]:
-    """Bytes of one block of each group over all its layers."""
-    size = limits.dtype.itemsize
+    """Bytes of one block of each group over all its layers, the scales of an int8 cache included."""
+
+    def per_position(layer: LayerConfig) -> int:
+        scales = 2 * 4 * layer.num_kv_heads if limits.dtype == torch.int8 else 0
+        return kv_bytes_per_position(layer, limits.dtype.itemsize) + scales
+
     full, sliding = (
-        limits.block_size * sum(kv_bytes_per_position(config.layers[i], size) for i in layers)
+        limits.block_size * sum(per_position(config.layers[i]) for i in layers)
         for layers in group_layers(config, limits.num_modules)
     )
     return full, sliding

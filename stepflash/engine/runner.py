@@ -75,7 +75,7 @@ class Runner:
         for i, item in enumerate(plan):
             if item.is_sampled:
                 rows += rows_to_verify(item.seq, item.drafts, self.sampler)
-                end = batch.cu_seqlens[i + 1]
+                end = batch.bounds[i + 1]
                 row_indices += range(end - len(item.drafts) - 1, end)
         chosen: list[int] = []
         logprobs: list[TokenLogprob | None] = []
@@ -89,7 +89,7 @@ class Runner:
             chosen, logprobs = choice.token_ids, choice.logprobs
         results, row = [], 0
         for i, item in enumerate(plan):
-            start, end = batch.cu_seqlens[i], batch.cu_seqlens[i + 1]
+            start, end = batch.bounds[i], batch.bounds[i + 1]
             if not item.is_sampled:
                 results.append(TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end]))
                 continue

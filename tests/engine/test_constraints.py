@@ -52,10 +52,18 @@ def test_output_under_a_constraint_is_the_same_at_any_depth(new_core: NewCore, t
     for depth in (0, 1, 2, 3, None):
         constraint = Alternating()
         asked = request(
-            "a", [9] * 20, max_tokens=30, temperature=temperature, seed=3, draft_depth=depth, constraint=constraint
+            "a",
+            [9] * 20,
+            max_tokens=30,
+            temperature=temperature,
+            seed=3,
+            draft_depth=depth,
+            constraint=constraint,
         )
         done = drive(new_core(), asked)["a"]
-        assert constraint.token_ids == done.token_ids  # walked along drafts and back, it saw just what came out
+        assert (
+            constraint.token_ids == done.token_ids
+        )  # walked along drafts and back, it saw just what came out
         outputs.append(done.token_ids)
         if depth == 3:
             assert sum(done.stats.num_accepted_tokens) > 0
@@ -79,7 +87,9 @@ def test_constrained_speculative_sampling_has_the_exact_distribution(new_core: N
     """The second token, drafted by module 1, given the first: masked softmax of the model's logits."""
     core = new_core(max_num_batched_tokens=256, max_num_seqs=32, max_waiting=2000)
     requests = [
-        request(f"r{i}", [9] * 8, max_tokens=2, temperature=1.5, seed=i, draft_depth=3, constraint=Alternating())
+        request(
+            f"r{i}", [9] * 8, max_tokens=2, temperature=1.5, seed=i, draft_depth=3, constraint=Alternating()
+        )
         for i in range(2000)
     ]
     done = drive(core, *requests, max_steps=100000)

@@ -15,7 +15,9 @@ from stepflash.errors import ConfigError, PromptTooLong, QueueFull, RequestError
 from tests.engine.conftest import FEW_TOKENS, Finished, collect, drive, request
 
 NewCore = Callable[..., EngineCore]
-PROPERTY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 event = st.one_of(
     st.tuples(st.just("submit"), st.integers(1, 120), st.integers(1, 25), st.sampled_from([0, 1, 3, None])),
@@ -43,7 +45,9 @@ def test_any_interleaving_leaves_no_block_held(
             length, max_tokens, depth = values
             prompt = [(number % 3 + i) % 400 + 3 for i in range(length)]
             names.append(f"r{number}")
-            core.add(request(names[-1], prompt, max_tokens=max_tokens, draft_depth=depth, logit_bias=FEW_TOKENS))
+            core.add(
+                request(names[-1], prompt, max_tokens=max_tokens, draft_depth=depth, logit_bias=FEW_TOKENS)
+            )
         elif kind == "abort" and names:
             output = core.abort(names[values[0] % len(names)])
             collect(finished, [output] if output else [])
@@ -73,7 +77,9 @@ def test_aborting_a_thousand_requests_leaves_nothing(new_core: NewCore) -> None:
     generator = torch.Generator().manual_seed(4)
     pending: list[str] = []
     for number in range(1000):
-        prompt = torch.randint(3, 500, (int(torch.randint(1, 60, (), generator=generator)),), generator=generator)
+        prompt = torch.randint(
+            3, 500, (int(torch.randint(1, 60, (), generator=generator)),), generator=generator
+        )
         core.add(request(f"r{number}", prompt.tolist(), max_tokens=50))
         pending.append(f"r{number}")
         if number % 4 == 0:
@@ -122,7 +128,9 @@ def test_what_can_never_run_is_refused_with_numbers(new_core: NewCore) -> None:
     assert refusal.value.retry_after_seconds > 0
     small = new_core(max_num_seqs=1, kv_cache_bytes=1_200_000)
     room = small.cache.capacity_tokens
-    with pytest.raises(RequestError, match=rf"prompt of {room} tokens can never fit.*bytes holds {room} tokens"):
+    with pytest.raises(
+        RequestError, match=rf"prompt of {room} tokens can never fit.*bytes holds {room} tokens"
+    ):
         small.add(request("big", [5] * room))
     done = drive(small, request("fits", [5] * (room - 1), max_tokens=50))["fits"]
     assert len(done.token_ids) == 1  # capped by what the cache holds
@@ -165,7 +173,9 @@ def test_a_short_prompt_is_not_kept_waiting_by_a_long_one(new_core: NewCore) -> 
 
 
 def test_stop_tokens_end_a_request_in_the_middle_of_accepted_drafts(new_core: NewCore) -> None:
-    plain = drive(new_core(), request("a", [9] * 20, max_tokens=40, logit_bias=FEW_TOKENS, draft_depth=0))["a"]
+    plain = drive(new_core(), request("a", [9] * 20, max_tokens=40, logit_bias=FEW_TOKENS, draft_depth=0))[
+        "a"
+    ]
     stop = plain.token_ids[25]
     cut = plain.token_ids[: plain.token_ids.index(stop) + 1]
     for depth in (0, 3):
@@ -255,7 +265,9 @@ def test_logits_that_are_not_numbers_end_their_request_alone(
         return hidden_states
 
     monkeypatch.setattr(type(model), "forward", poison)
-    done = drive(core, request("bad", [4] * 10 + [499], max_tokens=10), request("good", [3] * 9, max_tokens=9))
+    done = drive(
+        core, request("bad", [4] * 10 + [499], max_tokens=10), request("good", [3] * 9, max_tokens=9)
+    )
     assert done["good"].last.finish_reason == "length"
     assert "not finite" in (done["bad"].last.error or "")
 

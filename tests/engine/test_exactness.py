@@ -27,7 +27,9 @@ PROPERTY = settings(
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, None])
-def test_greedy_equals_transformers_at_every_depth(new_core: NewCore, golden: Golden, depth: int | None) -> None:
+def test_greedy_equals_transformers_at_every_depth(
+    new_core: NewCore, golden: Golden, depth: int | None
+) -> None:
     prompt, expected = golden
     done = drive(new_core(), request("a", prompt, max_tokens=96, draft_depth=depth))["a"]
     assert done.token_ids == expected
@@ -51,7 +53,12 @@ def test_greedy_equals_transformers_among_others(new_core: NewCore, golden: Gold
     prompt, expected = golden
     others = [
         request(
-            f"other-{i}", prompt[i : 3 * i + 5], temperature=0.5 * i, max_tokens=20 + 7 * i, draft_depth=i % 4, seed=i
+            f"other-{i}",
+            prompt[i : 3 * i + 5],
+            temperature=0.5 * i,
+            max_tokens=20 + 7 * i,
+            draft_depth=i % 4,
+            seed=i,
         )
         for i in range(9)
     ]
@@ -98,12 +105,19 @@ def test_seeded_sampling_is_the_same_at_any_depth_and_in_any_batch(
     new_core: NewCore, golden: Golden, chunk: int, depth: int | None, with_others: bool, seed: int
 ) -> None:
     prompt = golden[0][:50]
-    sampling = dict(
-        max_tokens=24, temperature=0.8, top_p=0.9, seed=seed, presence_penalty=0.5, logit_bias=FEW_TOKENS
-    )
+    sampling = {
+        "max_tokens": 24,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": seed,
+        "presence_penalty": 0.5,
+        "logit_bias": FEW_TOKENS,
+    }
     alone = drive(new_core(), request("a", prompt, draft_depth=0, **sampling))["a"]
     core = new_core(max_num_batched_tokens=chunk)
-    others = [request(f"o{i}", prompt[i:], temperature=1.0, max_tokens=10 + i) for i in range(3 * with_others)]
+    others = [
+        request(f"o{i}", prompt[i:], temperature=1.0, max_tokens=10 + i) for i in range(3 * with_others)
+    ]
     done = drive(core, *others, request("a", prompt, draft_depth=depth, **sampling))["a"]
     assert done.token_ids == alone.token_ids
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflash.engine.attend import paged_attention
+from stepflash.engine.attend import PagedAttention
 from stepflash.engine.kv_cache import (
     FULL,
     LOOKAHEAD_SLOTS,
@@ -107,7 +108,24 @@ def test_paged_attention_equals_dense_attention(
         cu_seqlens.append(cu_seqlens[-1] + new)
     tables = order.view(3, 64)[: len(lengths)]
     q = torch.randn(cu_seqlens[-1], kv_heads * groups, dim, generator=generator)
-    out = paged_attention(q, keys, values, tables, cu_seqlens, context_lens, window, first_slot)
+    cache = SimpleNamespace(
+        group_of={0: 0}, keys={0: keys}, values={0: values}, scales={}, first_slot={0: first_slot}
+    )
+    slots = [
+        int(tables[i, s // block_size]) * block_size + s % block_size
+        for i, end in enumerate(context_lens)
+        for s in range(end - cu_seqlens[i + 1] + cu_seqlens[i], end)
+    ]
+    k, v = torch.randn(2, cu_seqlens[-1], kv_heads, dim, generator=generator)
+    batch = SimpleNamespace(
+        slot_mapping=(torch.tensor(slots),),
+        block_tables=(tables,),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+    )
+    config = SimpleNamespace(layers=[SimpleNamespace(window=window, head_dim=dim)])
+    out = PagedAttention(config, cache, batch)(0, q, k, v)  # type: ignore[arg-type]
+    assert all(torch.equal(keys.flatten(0, 1)[s], row) for s, row in zip(slots, k, strict=True))
     for i, end in enumerate(context_lens):
         for row in range(cu_seqlens[i], cu_seqlens[i + 1]):
             slot = end - cu_seqlens[i + 1] + row

@@ -36,7 +36,9 @@ def test_token_ids_give_the_golden_continuation(llm: LLM, golden: tuple[list[int
 
 def test_many_prompts_come_back_in_order(llm: LLM) -> None:
     prompts = [f"prompt number {i}" for i in range(11)]
-    sampling = [SamplingParams(max_tokens=3 + i % 4, temperature=0.9, seed=i, ignore_eos=True) for i in range(11)]
+    sampling = [
+        SamplingParams(max_tokens=3 + i % 4, temperature=0.9, seed=i, ignore_eos=True) for i in range(11)
+    ]
     together = llm.generate(prompts, sampling)
     assert [len(o.token_ids) for o in together] == [3 + i % 4 for i in range(11)]
     assert together[7].token_ids == llm.generate(prompts[7], sampling[7])[0].token_ids

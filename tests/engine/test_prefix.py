@@ -47,7 +47,9 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=40)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(tokens, st.sets(st.integers(1, 9))), max_size=6), tokens)
-def test_a_match_is_the_longest_remembered_prefix(work: list[tuple[list[int], set[int]]], query: list[int]) -> None:
+def test_a_match_is_the_longest_remembered_prefix(
+    work: list[tuple[list[int], set[int]]], query: list[int]
+) -> None:
     cache, prefix = new_cache()
     known: set[tuple[int, ...]] = set()
     for token_ids, marks in work:

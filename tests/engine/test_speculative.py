@@ -59,5 +59,9 @@ def test_acceptance_counts_only_drafts_whose_predecessors_were_right() -> None:
     controller.accept(chances, num_drafts=3, num_accepted=1)
     assert chances == pytest.approx([0.55, 0.45, 0.5])  # right, wrong, unknown
     assert expected_tokens([0.5, 0.5, 0.2], 3) == pytest.approx(1 + 0.5 + 0.25 + 0.05)
-    assert [num_accepted([4, 5, 6], chosen) for chosen in ([4, 5, 6, 7], [4, 9, 6, 7], [1, 5, 6, 7])] == [3, 1, 0]
+    assert [num_accepted([4, 5, 6], chosen) for chosen in ([4, 5, 6, 7], [4, 9, 6, 7], [1, 5, 6, 7])] == [
+        3,
+        1,
+        0,
+    ]
     assert num_accepted([], [3]) == 0
