@@ -23,6 +23,8 @@ from stepflash.chat.messages import (
 from stepflash.engine.request import TokenLogprob
 from stepflash.server.openai_chat_decode import ChatRequest
 
+LOWEST_LOGPROB = -9999.0
+
 TokenBytes = Callable[[int], bytes]
 
 
@@ -139,7 +141,8 @@ def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> 
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": finite(logprob), "bytes": list(data)}
 
     content = [
         {
@@ -149,6 +152,11 @@ def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> 
         for token in logprobs
     ]
     return {"content": content, "refusal": None}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; a token that a filter ruled out gets what other servers write for it."""
+    return max(logprob, LOWEST_LOGPROB)
 
 
 def _choice(index: int, answer: Answer, token_bytes: TokenBytes) -> dict[str, Any]:

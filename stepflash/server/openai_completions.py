@@ -11,7 +11,7 @@ from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, tota
 from stepflash.chat.messages import ContentDelta, Finish
 from stepflash.engine.request import SamplingParams, TokenLogprob
 from stepflash.errors import RequestError
-from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, usage_json
+from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, finite, usage_json
 from stepflash.server.openai_schema import CompletionBody, num_choices, sampling_params
 
 DEFAULT_MAX_TOKENS = 16
@@ -143,6 +143,8 @@ def _logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict
 
     return {
         "tokens": [text(token.token_id) for token in logprobs],
-        "token_logprobs": [token.logprob for token in logprobs],
-        "top_logprobs": [{text(token_id): value for token_id, value in token.top} for token in logprobs],
+        "token_logprobs": [finite(token.logprob) for token in logprobs],
+        "top_logprobs": [
+            {text(token_id): finite(value) for token_id, value in token.top} for token in logprobs
+        ],
     }

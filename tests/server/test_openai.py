@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.assistant.session import Session
+from stepflash.engine.request import TokenLogprob
 from stepflash.server.app import create_app
+from stepflash.server.openai_chat_encode import logprobs_json
+from stepflash.server.openai_schema import ChatBody, CompletionBody
 from stepflash.settings import ServerSettings
 from tests.scripted_engine import END, engine_of, scripted_session
 
@@ -410,6 +413,59 @@ def test_bad_json_is_a_client_error(raw: bytes, path: str) -> None:
     response = client_of(scripted_session("x")).post(path, content=raw)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "function", "name", "arguments", "x"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"])},
+        optional={
+            "content": ANYTHING,
+            "tool_calls": ANYTHING,
+            "reasoning_content": ANYTHING,
+            "name": ANYTHING,
+        },
+    ),
+    max_size=3,
+)
+FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields} - {"messages", "model"})
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    messages=MESSAGES | ANYTHING,
+    prompt=ANYTHING,
+    fields=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4),
+)
+def test_no_body_is_a_server_error(messages: Any, prompt: Any, fields: dict[str, Any]) -> None:
+    client = client_of(scripted_session(THOUGHT_AND_ANSWER, bursts=[50]))
+    chat_body = json.dumps({"messages": messages, **fields}).encode("utf-8", "surrogatepass")
+    text_body = json.dumps({"prompt": prompt, **fields}).encode("utf-8", "surrogatepass")
+    for path, body in (("/v1/chat/completions", chat_body), ("/v1/completions", text_body)):
+        response = client.post(path, content=body)
+        assert response.status_code in (200, 400), response.text
+        if response.status_code == 400:
+            assert response.json()["error"]["message"]
+
+
+def test_a_ruled_out_token_has_a_finite_logprob() -> None:
+    token = TokenLogprob(token_id=65, logprob=0.0, top=((66, float("-inf")),))
+    encoded = logprobs_json([token], lambda token_id: bytes([token_id]))
+    assert (
+        json.loads(json.dumps(encoded, allow_nan=False))["content"][0]["top_logprobs"][0]["logprob"] == -9999
+    )
 
 
 def test_a_prompt_that_does_not_fit() -> None:
