@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from stepflash.engine import disk
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, SLIDING, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import FinishReason, Output, Request, RequestStats
@@ -41,6 +43,7 @@ class EngineConfig:
 
     `kv_cache_bytes` None sizes the cache for `max_num_seqs` full contexts, 4 GiB at most. `vocab_limit`: ids
     from there on have no token. `snapshot_interval`: a window snapshot is kept every so many tokens.
+    `prefix_cache_path`: file from which the prefix cache is loaded and to which `close` saves it.
     """
 
     max_num_seqs: int = 16
@@ -53,6 +56,8 @@ class EngineConfig:
     max_draft_depth: int = MAX_MODULES
     max_deferred_tokens: int = 64
     prefix_caching: bool = True
+    prefix_cache_path: str | Path | None = None
+    prefix_cache_disk_bytes: int = 8 << 30
     snapshot_interval: int = 2048
     vocab_limit: int | None = None
     eos_token_ids: tuple[int, ...] | None = None
@@ -121,6 +126,11 @@ class EngineCore:
         )
         self.prefix = PrefixCache(self.cache) if config.prefix_caching else None
         vocab_limit = min(config.vocab_limit or model.config.vocab_size, model.config.vocab_size)
+        self._digest = ""
+        if self.prefix is not None and config.prefix_cache_path is not None:
+            self._digest = disk.model_digest(model, self.cache)
+            if Path(config.prefix_cache_path).exists():
+                disk.load(Path(config.prefix_cache_path), self.cache, self.prefix, self._digest)
         self.sampler = Sampler(vocab_limit, parameter.device)
         self.runner = Runner(model, self.cache, self.sampler, config.max_deferred_tokens)
         self.scheduler = Scheduler(
@@ -214,6 +224,17 @@ class EngineCore:
         """End a request now; its blocks are free when this returns. None if it is not running."""
         seq = self._sequences.get(request_id)
         return None if seq is None else self._finish(_ended(seq, "abort"))
+
+    def close(self) -> None:
+        """Save the prefix cache if it has a path. The core stays usable.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self.config.prefix_cache_path
+        if self.prefix is not None and path is not None:
+            limit = self.config.prefix_cache_disk_bytes
+            disk.save(Path(path), self.cache, self.prefix, self._digest, limit)
 
     def fail_all(self, error: BaseException) -> list[Output]:
         """End every request with an error; the engine itself is as new afterwards."""

@@ -73,7 +73,7 @@ class Engine:
         return future
 
     def close(self, timeout_seconds: float = 30.0) -> None:
-        """Abort what runs and end the thread. May be called twice."""
+        """Abort what runs, save the prefix cache if it has a path, end the thread. May be called twice."""
         if not self._is_closed:
             self._is_closed = True
             self._inbox.put(None)
@@ -118,6 +118,10 @@ class Engine:
                 logger.exception("the engine step failed")
                 self._end_all(error)
         self._end_all(EngineError("the engine was closed"))
+        try:
+            self._core.close()
+        except OSError:
+            logger.exception("the prefix cache could not be saved")
 
     def _end_all(self, error: BaseException) -> None:
         outputs = self._core.fail_all(error)

@@ -159,6 +159,10 @@ class LLM:
             output.message = fold_events(events).as_message()
         return outputs
 
+    def close(self) -> None:
+        """Save the prefix cache if `prefix_cache_path` was given; the LLM stays usable."""
+        self.core.close()
+
     def stats(self) -> EngineStats:
         return self.core.stats()
 

@@ -134,6 +134,15 @@ class PrefixCache:
         for node in sorted(self._nodes, key=lambda n: n.depth, reverse=True):
             self._drop(node)
 
+    def snapshots(self) -> Iterator[tuple[int, Node]]:
+        """Number of MTP modules and node of every snapshot, least recently used first."""
+        modules_of = {root: num_modules for num_modules, root in self._roots.items()}
+        for node in self._snapshots:
+            root = node
+            while root.parent is not None:
+                root = root.parent
+            yield modules_of[root], node
+
     def holders(self, group: int) -> Iterator[Sequence[int]]:
         """What this cache holds in a pool, for the integrity check."""
         if group == FULL:

@@ -1,0 +1,87 @@
+"""The prefix cache across a restart: same tokens, same hits, and never data of another model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepflash.engine.core import EngineCore
+from stepflash.engine.disk import model_digest
+from stepflash.errors import ConfigError
+from tests.engine.conftest import drive, request
+
+NewCore = Callable[..., EngineCore]
+Golden = tuple[list[int], list[int]]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_a_restarted_engine_continues_where_the_old_one_was(
+    new_core: NewCore, golden: Golden, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    prompt, expected = golden
+    file = tmp_path / "new-folder" / "prefix.safetensors"
+    old = new_core(prefix_cache_path=file, kv_dtype=dtype)
+    first = drive(
+        old, request("a", prompt, max_tokens=40, draft_depth=3), request("b", prompt[:50], draft_depth=0)
+    )
+    again = drive(old, request("c", prompt + first["a"].token_ids, max_tokens=30, draft_depth=3))["c"]
+    old.close()
+    assert [path.name for path in file.parent.iterdir()] == ["prefix.safetensors"]
+
+    new = new_core(prefix_cache_path=file, kv_dtype=dtype)
+    new.check_integrity()
+    assert new.stats().num_snapshots == old.stats().num_snapshots
+    assert new.stats().kv_used_bytes == old.stats().kv_used_bytes
+    done = drive(new, request("c", prompt + first["a"].token_ids, max_tokens=30, draft_depth=3))["c"]
+    assert done.token_ids == again.token_ids
+    if dtype is None:
+        assert first["a"].token_ids + done.token_ids == expected[:70]
+    assert done.stats.num_cached_tokens == 192
+    assert (
+        drive(new, request("d", prompt[:50], draft_depth=0, max_tokens=2))["d"].stats.num_cached_tokens == 48
+    )
+    new.prefix.clear()  # type: ignore[union-attr]
+    assert new.cache.used_bytes == 0
+
+
+def test_a_smaller_cache_takes_the_most_recent_prefixes(
+    new_core: NewCore, golden: Golden, tmp_path: Path
+) -> None:
+    file = tmp_path / "prefix.safetensors"
+    old = new_core(prefix_cache_path=file)
+    for i in range(6):
+        drive(old, request(f"r{i}", golden[0][i : i + 80], max_tokens=2))
+    old.close()
+    new = new_core(prefix_cache_path=file, max_num_seqs=1, max_model_len=256, kv_cache_bytes=1_600_000)
+    new.check_integrity()
+    assert 0 < new.stats().num_snapshots < old.stats().num_snapshots
+    last = drive(new, request("r5", golden[0][5:85], max_tokens=2))["r5"]
+    assert last.stats.num_cached_tokens == 72
+    limited = new_core(prefix_cache_path=file, prefix_cache_disk_bytes=200_000)
+    limited.close()
+    assert 0 < file.stat().st_size < 300_000
+
+
+def test_a_file_of_another_model_or_a_damaged_one_is_refused(
+    new_core: NewCore, golden: Golden, tmp_path: Path
+) -> None:
+    file = tmp_path / "prefix.safetensors"
+    core = new_core(prefix_cache_path=file)
+    drive(core, request("a", golden[0], max_tokens=2))
+    core.close()
+    with pytest.raises(ConfigError, match="another model or configuration"):
+        new_core(prefix_cache_path=file, block_size=16)
+    model = core.runner.model
+    before = model_digest(model, core.cache)
+    with torch.no_grad():
+        norm = model.model.norm.weight
+        norm[0] += 1
+        assert model_digest(model, core.cache) != before
+        norm[0] -= 1
+    assert model_digest(model, core.cache) == before
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="damaged prefix cache"):
+        new_core(prefix_cache_path=file)
