@@ -11,6 +11,8 @@ Every kernel gives a token the same bits whatever else is in the call.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +44,7 @@ _SCHEMAS = {
     " Tensor? v_scale=None)"
     " -> Tensor",
     "advise_huge_pages": "(Tensor packed) -> ()",
+    "stream_read": "(Tensor data) -> int",
 }
 
 
@@ -149,6 +152,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _nothing,
     "paged_attention": _like_first,
     "advise_huge_pages": _nothing,
+    "stream_read": lambda data: 0,
 }
 _DIFFERENTIABLE = ("rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope")
 
@@ -335,3 +339,23 @@ def advise_huge_pages(packed: Tensor) -> Tensor:
     """Asks for huge pages behind a large, not yet written tensor, which then streams faster; returns it."""
     torch.ops.stepflash.advise_huge_pages(packed)
     return packed
+
+
+def stream_read(data: Tensor) -> int:
+    """Reads every byte of a contiguous tensor once with all threads; the number only proves it."""
+    return int(torch.ops.stepflash.stream_read(data))
+
+
+def measure_bandwidth(num_bytes: int = 512 << 20, repeats: int = 5) -> float:
+    """Bytes per second that all threads together read from memory: median over `repeats` passes.
+
+    The buffer must be far larger than the last-level cache.
+    """
+    buffer = advise_huge_pages(torch.empty(num_bytes, dtype=torch.uint8)).fill_(1)
+    stream_read(buffer)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        stream_read(buffer)
+        seconds.append(time.perf_counter() - start)
+    return num_bytes / statistics.median(seconds)

@@ -107,6 +107,7 @@ struct Kernels {
   void (*qk_norm_rope)(const RopeArgs&);
   void (*cache_write)(const CacheWriteArgs&);
   void (*attention)(const AttentionArgs&);
+  int64_t (*stream_read)(const uint8_t* data, int64_t num_bytes, int num_threads);
 };
 
 // The best table for this machine among those that were compiled; limit ("avx2", "avx512") asks for less.

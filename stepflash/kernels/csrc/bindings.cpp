@@ -260,6 +260,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+int64_t stream_read(const Tensor& data) {
+  TORCH_CHECK(data.is_contiguous(), "stream_read: data must be contiguous");
+  return kernels().stream_read((const uint8_t*)data.data_ptr(), data.nbytes(), at::get_num_threads());
+}
+
 // Ask for huge pages before a packed weight is first written: fewer TLB misses while it streams.
 void advise_huge_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
@@ -281,6 +286,7 @@ TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
   m.impl("cache_write", cache_write);
   m.impl("paged_attention", paged_attention);
   m.impl("advise_huge_pages", advise_huge_pages);
+  m.impl("stream_read", stream_read);
 }
 
 }  // namespace stepflash

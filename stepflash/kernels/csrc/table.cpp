@@ -13,6 +13,7 @@ void rms_norm(const NormArgs&);
 void qk_norm_rope(const RopeArgs&);
 void cache_write(const CacheWriteArgs&);
 void attention(const AttentionArgs&);
+int64_t stream_read(const uint8_t*, int64_t, int);
 extern const Kernels KERNELS;
-const Kernels KERNELS = {SF_TEXT(SF_ISA), linear, moe, route, rms_norm, qk_norm_rope, cache_write, attention};
+const Kernels KERNELS = {SF_TEXT(SF_ISA), linear, moe, route, rms_norm, qk_norm_rope, cache_write, attention, stream_read};
 }  // namespace SF_ISA
