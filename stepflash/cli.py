@@ -192,7 +192,7 @@ def _generate(args: argparse.Namespace) -> int:
     engine_settings, sampling = _engine_settings(args), _sampling(args)
 
     from stepflash.assistant.local import open_session
-    from stepflash.terminal_generate import run_generate
+    from stepflash.terminal.generate import run_generate
 
     with open_session(args.model, engine_settings) as local:
         run_generate(
@@ -212,7 +212,7 @@ def _chat(args: argparse.Namespace) -> int:
     engine_settings, sampling = _engine_settings(args), _sampling(args)
 
     from stepflash.assistant.local import open_session
-    from stepflash.terminal_chat import run_chat
+    from stepflash.terminal.chat import run_chat
 
     with open_session(args.model, engine_settings) as local:
         run_chat(
@@ -240,7 +240,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from stepflash.terminal_inspect import run_inspect
+    from stepflash.terminal.inspect import run_inspect
 
     return run_inspect(args.model, should_verify=args.verify, as_json=args.json)
 

@@ -216,7 +216,7 @@ def test_a_bug_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def broken(*_: object, **__: object) -> int:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("stepflash.terminal_inspect.run_inspect", broken)
+    monkeypatch.setattr("stepflash.terminal.inspect.run_inspect", broken)
     status, _, err = run("inspect", str(MICRO), capsys=capsys)
     assert (status, err) == (
         1,
@@ -296,7 +296,7 @@ def test_inspect_lists_what_is_wrong(micro: Path, capsys: pytest.CaptureFixture[
     assert "tokenizer.json is missing" in out
 
 
-# chat; in a terminal: tests/test_terminal_chat.py
+# chat; in a terminal: tests/terminal/test_chat.py
 
 
 def test_chat_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,14 +22,14 @@ from stepflash.chat.messages import (
     ToolCallStart,
 )
 from stepflash.engine.request import SamplingParams
-from stepflash.terminal_chat import AnswerPrinter, TerminalChat
+from stepflash.terminal.chat import AnswerPrinter, TerminalChat
 from tests.scripted_engine import END, engine_of, scripted_session
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 SCRIPT = """
 from stepflash.engine.request import SamplingParams
-from stepflash.terminal_chat import run_chat
+from stepflash.terminal.chat import run_chat
 from tests.scripted_engine import END, scripted_session
 session = scripted_session("hm\\n</think>\\nfirst" + END, "hm\\n</think>\\n" + "word " * 2000, bursts=[3], pause=0.01)
 run_chat(session, SamplingParams(max_tokens=None), model_name="scripted")

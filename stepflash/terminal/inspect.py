@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stepflash.model_report import is_complete, model_report, resolve_model_or_config, verify
+from stepflash.terminal.model_report import is_complete, model_report, resolve_model_or_config, verify
 
 NUM_LISTED = 20
 PROBLEMS = ("missing", "unexpected", "wrong_shape")

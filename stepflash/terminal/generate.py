@@ -17,7 +17,7 @@ from stepflash.assistant.session import NO_THINKING, Session
 from stepflash.assistant.stream import Answer, Fold
 from stepflash.chat.messages import Conversation, Message
 from stepflash.engine.request import SamplingParams
-from stepflash.terminal_chat import AnswerPrinter, Speed
+from stepflash.terminal.chat import AnswerPrinter, Speed
 
 
 def run_generate(
