@@ -199,7 +199,7 @@ def _generate(args: argparse.Namespace) -> int:
             local.session,
             prompt,
             replace(local.sampling, **sampling),
-            model_name=args.model,
+            model_name=local.name,
             system=args.system,
             is_raw=args.raw,
             is_thinking=not args.no_thinking,
@@ -218,7 +218,7 @@ def _chat(args: argparse.Namespace) -> int:
         run_chat(
             local.session,
             replace(local.sampling, **sampling),
-            model_name=args.model,
+            model_name=local.name,
             system=args.system,
             is_thinking=not args.no_thinking,
         )
