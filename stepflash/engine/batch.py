@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stepflash.engine.kv_cache import KVCache, SequenceBlocks
+
+Array = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +53,43 @@ class TokenBatch:
 
 def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenBatch:
     """Lay spans end to end. Every span has at least one token, and its slots exist."""
-    lengths = [len(span.token_ids) for span in spans]
-    assert all(lengths), "an empty span in a batch"
-    rows = np.array([span.blocks.row for span in spans])
-    starts = np.array([span.start for span in spans])
-    counts = np.array(lengths)
-    cu_seqlens = np.zeros(len(spans) + 1, dtype=np.int32)
-    np.cumsum(counts, out=cu_seqlens[1:])
-    slots = np.arange(cu_seqlens[-1]) + np.repeat(starts - cu_seqlens[:-1], counts)
-    token_rows = np.repeat(rows, counts)
-    index, offset = np.divmod(slots, cache.block_size)
-    context_lens = (starts + counts).astype(np.int32)
-    num_blocks = -(-int(context_lens.max()) // cache.block_size)
-    flat = [token_id for span in spans for token_id in span.token_ids]
+    size = cache.block_size
+    if len(spans) == 1:
+        # Single-stream decoding runs this up to four times per step: nothing but slices.
+        (span,) = spans
+        row, end = span.blocks.row, span.start + len(span.token_ids)
+        slots = np.arange(span.start, end)
+        index, offset = slots // size, slots % size
+        mappings = [table[row, index] * np.int64(size) + offset for table in cache.tables]
+        tables = [table[row : row + 1, : -(-end // size)] for table in cache.tables]
+        token_ids: Sequence[int] = span.token_ids
+        bounds = np.array([0, len(token_ids)], dtype=np.int32)
+        context_lens = np.array([end], dtype=np.int32)
+    else:
+        rows = np.array([span.blocks.row for span in spans])
+        starts = np.array([span.start for span in spans])
+        counts = np.array([len(span.token_ids) for span in spans])
+        bounds = np.zeros(len(spans) + 1, dtype=np.int32)
+        np.cumsum(counts, out=bounds[1:])
+        slots = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
+        token_rows = np.repeat(rows, counts)
+        index, offset = slots // size, slots % size
+        mappings = [table[token_rows, index] * np.int64(size) + offset for table in cache.tables]
+        context_lens = (starts + counts).astype(np.int32)
+        num_blocks = -(-int(context_lens.max()) // size)
+        tables = [table[rows, :num_blocks] for table in cache.tables]
+        token_ids = [token_id for span in spans for token_id in span.token_ids]
 
-    def to_device(array: np.ndarray) -> Tensor:
+    def to_device(array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if cache.device.type == "cpu" else tensor.to(cache.device)
 
-    full, sliding = (table[token_rows, index] * np.int64(cache.block_size) + offset for table in cache.tables)
-    full_table, sliding_table = (table[rows, :num_blocks] for table in cache.tables)
     return TokenBatch(
-        input_ids=to_device(np.array(flat, dtype=np.int64)),
-        positions=to_device(slots - shift),
-        slot_mapping=(to_device(full), to_device(sliding)),
-        block_tables=(to_device(full_table), to_device(sliding_table)),
-        cu_seqlens=to_device(cu_seqlens),
+        input_ids=to_device(np.array(token_ids, dtype=np.int64)),
+        positions=to_device(slots - shift if shift else slots),
+        slot_mapping=(to_device(mappings[0]), to_device(mappings[1])),
+        block_tables=(to_device(tables[0]), to_device(tables[1])),
+        cu_seqlens=to_device(bounds),
         context_lens=to_device(context_lens),
-        bounds=cu_seqlens.tolist(),
+        bounds=bounds.tolist(),
     )

@@ -277,7 +277,8 @@ class EngineCore:
             if output.finish_reason is not None and output.request_id not in failed:
                 outputs.append(self._finish(output))
             elif output.token_ids:
-                outputs.append(replace(output, finish_reason=None))
+                is_broken = output.finish_reason is not None
+                outputs.append(replace(output, finish_reason=None) if is_broken else output)
         outputs += [self._fail(job.seq, error) for job, error in broken]
         self._observe(plan, jobs, depth, time.perf_counter() - start)
         return outputs

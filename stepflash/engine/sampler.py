@@ -10,6 +10,7 @@ distribution and are accepted with probability at least (1 - d) / (1 + d), d the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from stepflash.engine.request import SamplingParams, TokenLogprob
+
+NUCLEUS_GUESS = 1024
+KEPT_POSITIONS = 8
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -35,6 +39,8 @@ class SamplerState:
     counts: Tensor | None = None
     in_prompt: Tensor | None = None
     bias: tuple[Tensor, Tensor] | None = None
+    # Noise of the last few positions: a draft and its verification need the same.
+    noise: dict[int, Tensor] = field(default_factory=dict)
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Count tokens that were emitted."""
@@ -119,7 +125,7 @@ class Sampler:
         token_ids: list[int] = chosen.tolist()
         return Choice(
             token_ids,
-            torch.isfinite(best).tolist(),
+            [math.isfinite(value) for value in best.tolist()],
             [_logprob(raw[i], token_ids[i], row.logprobs) for i, row in enumerate(rows)],
         )
 
@@ -133,7 +139,24 @@ class Sampler:
         params = [row.state.params for row in rows]
         temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
         scaled = filter_logits(logits / temperatures[:, None], params)
-        return (scaled + self.gumbel(rows)).argmax(dim=-1)
+        return (scaled + self._noise(rows)).argmax(dim=-1)
+
+    def _noise(self, rows: Sequence[Row]) -> Tensor:
+        """`gumbel`, computed once per request and position."""
+        found = [row.state.noise.get(row.position) for row in rows]
+        missing = [i for i, noise in enumerate(found) if noise is None]
+        if missing:
+            fresh = self.gumbel([rows[i] for i in missing])
+            for i, noise in zip(missing, fresh, strict=True):
+                found[i] = noise
+                kept = rows[i].state.noise
+                # A view would keep the noise of the whole batch alive.
+                kept[rows[i].position] = noise.clone()
+                if len(kept) > KEPT_POSITIONS:
+                    del kept[next(iter(kept))]
+            if len(missing) == len(rows):
+                return fresh
+        return torch.stack([noise for noise in found if noise is not None])
 
     def gumbel(self, rows: Sequence[Row]) -> Tensor:
         """Gumbel noise of each row: [num_rows, vocab_limit] float32.
@@ -170,15 +193,28 @@ def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         scaled = scaled.masked_fill((scaled < threshold) & ~off, float("-inf"))
     if any(p.top_p < 1.0 for p in params):
         top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
-        probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities  # mass of everything more likely
-        drop = (before >= top_p) & (top_p < 1.0)
-        drop[:, 0] = False
-        scaled = scaled.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), float("-inf"))
+        threshold = _nucleus_threshold(scaled, top_p)
+        scaled = scaled.masked_fill((scaled < threshold) & (top_p < 1.0), float("-inf"))
     if any(p.min_p > 0.0 for p in params):
         min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
         scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + min_p.log(), float("-inf"))
     return scaled
+
+
+def _nucleus_threshold(scaled: Tensor, top_p: Tensor) -> Tensor:
+    """The least likely logit of the smallest set with mass top_p: [num_rows, 1]."""
+    vocab = scaled.shape[-1]
+    total = scaled.logsumexp(-1, keepdim=True)
+    # Sorting a whole vocabulary costs more than a layer; the nucleus nearly always is in the first tokens.
+    for count in (min(NUCLEUS_GUESS, vocab), vocab):
+        values = scaled.topk(count, dim=-1).values
+        probabilities = (values - total).exp()
+        mass = probabilities.cumsum(-1)
+        if count == vocab or bool(((mass[:, -1:] >= top_p) | (top_p >= 1.0)).all()):
+            break
+    before = mass - probabilities  # mass of everything more likely
+    size = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    return values.gather(-1, size - 1)
 
 
 def _is_changed(row: Row) -> bool:
