@@ -37,12 +37,18 @@ _SCHEMAS = {
     " Tensor? topk_weights, Tensor? residual) -> Tensor",
     "qk_norm_rope": "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin)"
     " -> (Tensor, Tensor)",
+    "qkv_gate": "(Tensor x, Tensor norm_weight, Tensor[] weights, int[] formats, int num_heads, int num_kv_heads,"
+    " int head_dim, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "cache_write": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
     " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
     "paged_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
     " Tensor cu_seqlens, int window, float scale, int first_key=0, Tensor? gate=None, Tensor? k_scale=None,"
     " Tensor? v_scale=None)"
     " -> Tensor",
+    "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+    " Tensor block_table, Tensor seq_lens, Tensor cu_seqlens, int window, float scale, int first_key=0,"
+    " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor",
     "advise_huge_pages": "(Tensor packed) -> ()",
     "stream_read": "(Tensor data) -> int",
 }
@@ -138,6 +144,21 @@ def _like_two(x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, 
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
+def _fake_qkv_gate(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Any,
+    formats: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kv_shape = (x.shape[0], num_kv_heads, head_dim)
+    q, gate = x.new_empty((x.shape[0], num_heads, head_dim)), x.new_empty((x.shape[0], num_heads))
+    return q, x.new_empty(kv_shape), x.new_empty(kv_shape), gate
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -149,12 +170,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "route": _fake_route,
     "moe": _like_first,
     "qk_norm_rope": _like_two,
+    "qkv_gate": _fake_qkv_gate,
     "cache_write": _nothing,
+    "cached_attention": _like_first,
     "paged_attention": _like_first,
     "advise_huge_pages": _nothing,
     "stream_read": lambda data: 0,
 }
-_DIFFERENTIABLE = ("rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope")
+_DIFFERENTIABLE = ("rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope", "qkv_gate")
 
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
@@ -265,6 +288,32 @@ def qk_norm_rope(
     return torch.ops.stepflash.qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin)  # type: ignore[no-any-return]
 
 
+def qkv_gate(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All of an attention layer before attention: `linear` with norm, then `qk_norm_rope`; q, k, v and gate logits.
+
+    Args:
+        weights, formats: packed q, k, v and gate projections of the normed x [num_tokens, hidden_size].
+    Returns:
+        q [num_tokens, num_heads, head_dim]; k, v [num_tokens, num_kv_heads, head_dim]; gate [num_tokens, num_heads].
+    """
+    return torch.ops.stepflash.qkv_gate(  # type: ignore[no-any-return]
+        x, norm_weight, weights, formats, num_heads, num_kv_heads, head_dim, q_weight, k_weight, eps, cos, sin
+    )
+
+
 def cache_write(
     k: Tensor,
     v: Tensor,
@@ -278,7 +327,7 @@ def cache_write(
 
     Caches as in `paged_attention`. An int8 cache gets one scale per token and head, peak / 127.
     """
-    if k_cache.dtype in (torch.bfloat16, torch.int8) and k_cache.shape[-1] % 32 == 0:
+    if _has_native_cache(k_cache):
         torch.ops.stepflash.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     else:
         reference.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
@@ -330,9 +379,40 @@ def paged_attention(
         k_scale,
         v_scale,
     )
-    if k_cache.dtype in (torch.bfloat16, torch.int8) and k_cache.shape[-1] % 32 == 0:
+    if _has_native_cache(k_cache):
         return torch.ops.stepflash.paged_attention(*args)  # type: ignore[no-any-return]
     return reference.paged_attention(*args)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    scale: float,
+    first_key: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """`cache_write` of k, v, then `paged_attention` of q, in one call; arguments as there."""
+    args = (
+        q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, cu_seqlens, window, scale, first_key,
+        k_scale, v_scale,
+    )  # fmt: skip
+    if _has_native_cache(k_cache):
+        return torch.ops.stepflash.cached_attention(*args)  # type: ignore[no-any-return]
+    return reference.cached_attention(*args)
+
+
+def _has_native_cache(cache: Tensor) -> bool:
+    """Other caches (float32, odd head sizes) are for exactness tests and use the reference."""
+    return cache.dtype in (torch.bfloat16, torch.int8) and cache.shape[-1] % 32 == 0
 
 
 def advise_huge_pages(packed: Tensor) -> Tensor:

@@ -154,6 +154,27 @@ def qk_norm_rope(
     return q_out, k_out
 
 
+def qkv_gate(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
+    q, k, v, gate = torch.split(linear(x, weights, formats, sizes, norm_weight, eps), sizes, -1)
+    shape = (x.shape[0], -1, head_dim)
+    q, k = qk_norm_rope(q.reshape(shape), k.reshape(shape), q_weight, k_weight, eps, cos, sin)
+    return q, k, v.reshape(shape).contiguous(), gate.contiguous()
+
+
 def cache_write(
     k: Tensor,
     v: Tensor,
@@ -217,6 +238,39 @@ def paged_attention(
             attended = attended * torch.sigmoid(gate[begin:end].float()).unsqueeze(-1)
         out[begin:end] = attended.to(q.dtype)
     return out
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    scale: float,
+    first_key: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    return paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens,
+        window,
+        scale,
+        first_key,
+        None,
+        k_scale,
+        v_scale,
+    )
 
 
 def _cached(cache: Tensor, scale: Tensor | None, slots: Tensor) -> Tensor:

@@ -96,10 +96,10 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.dtype = dtype
+        self._weight = _packed([weight])
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return ops.linear(x, [weight.packed], [weight.fmt], [weight.out_features], dtype=self.dtype)
+        return ops.linear(x, *self._weight, dtype=self.dtype)
 
 
 class FusedNorm(nn.Module):
@@ -133,21 +133,18 @@ class QuantAttention(nn.Module):
             for name, p in zip("qkvg", projections, strict=True)
         )
         self.o_proj = packer.pack(f"{prefix}.o_proj.weight", attention.o_proj.weight)
-        self._fused = _packed(self.projections)
+        self._fused = _packed(self.projections)[:2]
+        self._output = _packed([self.o_proj])
 
     def forward(self, x: Tensor, cos_sin: Rotation, attend: Attend) -> Tensor:
         """x [num_tokens, hidden_size] -> x + attention(norm(x))."""
-        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        fused = ops.linear(x, *self._fused, norm_weight=self.norm_weight, eps=self.eps)
-        q, k, v, gate = torch.split(fused, [heads * dim, kv_heads * dim, kv_heads * dim, heads], 1)
-        q, k, v = q.view(-1, heads, dim), k.view(-1, kv_heads, dim), v.view(-1, kv_heads, dim)
         cos, sin = cos_sin[0].squeeze(1), cos_sin[1].squeeze(1)
-        q, k = ops.qk_norm_rope(q, k, self.q_norm, self.k_norm, self.eps, cos, sin)
+        q, k, v, gate = ops.qkv_gate(
+            x, self.norm_weight, *self._fused, self.num_heads, self.num_kv_heads, self.head_dim,
+            self.q_norm, self.k_norm, self.eps, cos, sin,
+        )  # fmt: skip
         attn_output = attend(self.layer_idx, q, k, v).flatten(1)
-        o_proj = self.o_proj
-        return ops.linear(
-            attn_output, [o_proj.packed], [o_proj.fmt], [o_proj.out_features], gate=gate, residual=x
-        )
+        return ops.linear(attn_output, *self._output, gate=gate, residual=x)
 
 
 class QuantExperts(nn.Module):

@@ -203,6 +203,26 @@ def test_blocks_below_the_window_are_not_read() -> None:
     assert torch.equal(run(p, q, [100], [2], 20), expected)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@torch.inference_mode()
+def test_cached_attention_writes_and_attends(int8: bool) -> None:
+    p = paged([40], 2, 32, 16, int8)
+    q, k, v = torch.randn(3, 4, 32), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    slots = torch.tensor([int(p.block_table[0, i // 16]) * 16 + i % 16 for i in (37, 38, 39)])
+    lens, cu_seqlens = torch.tensor([40], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    copies = [
+        p.k_cache.clone(),
+        p.v_cache.clone(),
+        *(s.clone() if s is not None else None for s in (p.k_scale, p.v_scale)),
+    ]
+    ops.cache_write(k, v, copies[0], copies[1], slots, *copies[2:])
+    rest = (p.block_table, lens, cu_seqlens, 20, 0.2, 0)
+    expected = ops.paged_attention(q, *copies[:2], *rest, None, *copies[2:])
+    actual = ops.cached_attention(q, k, v, p.k_cache, p.v_cache, slots, *rest, p.k_scale, p.v_scale)
+    assert torch.equal(actual, expected)
+    assert torch.equal(p.k_cache, copies[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32])
 @torch.inference_mode()
 def test_cache_write(dtype: torch.dtype) -> None:

@@ -187,6 +187,31 @@ def test_qk_norm_rope(dtype: torch.dtype, head_dim: int, rotary_dim: int) -> Non
         assert close(actual, expected, 8e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 6])
+@torch.inference_mode()
+def test_qkv_gate_is_its_parts(num_tokens: int) -> None:
+    heads, kv_heads, dim, hidden = 6, 2, 32, 96
+    formats, sizes = (
+        [Format.INT4_G32] * 3 + [Format.BF16],
+        [heads * dim, kv_heads * dim, kv_heads * dim, heads],
+    )
+    weights = [random_packed(f, n, hidden, i) for i, (f, n) in enumerate(zip(formats, sizes, strict=True))]
+    x, norm_weight = torch.randn(num_tokens, hidden).bfloat16(), torch.randn(hidden) * 0.1
+    angles = torch.rand(num_tokens, dim // 4)
+    rest = (torch.randn(dim) * 0.1, torch.randn(dim) * 0.1, 1e-5, angles.cos(), angles.sin())
+    q, k, v, gate = ops.qkv_gate(x, norm_weight, weights, formats, heads, kv_heads, dim, *rest)
+    fused = ops.linear(x, weights, formats, sizes, norm_weight=norm_weight)
+    raw = [part.view(num_tokens, -1, dim) for part in torch.split(fused, sizes, 1)[:3]]
+    expected_q, expected_k = ops.qk_norm_rope(raw[0], raw[1], *rest)
+    assert torch.equal(q, expected_q)
+    assert torch.equal(k, expected_k)
+    assert torch.equal(v, raw[2])
+    assert torch.equal(gate, fused[:, -heads:])
+    expected = reference.qkv_gate(x, norm_weight, weights, formats, heads, kv_heads, dim, *rest)
+    for actual, plain in zip((q, k, v, gate), expected, strict=True):
+        assert close(actual, plain, 2e-2)
+
+
 def test_gradients_of_norms_and_rotation() -> None:
     x = torch.randn(4, 2, 32, requires_grad=True)
     weight = torch.randn(32, requires_grad=True)

@@ -20,9 +20,9 @@ struct LinearArgs {
   float eps;
   View gate;            // present: x[t, h * k / num_heads + d] is first multiplied by sigmoid(gate[t, h])
   int64_t num_heads;
-  Packed weights[8];    // outputs side by side
+  Packed weights[8];
+  View outs[8], residuals[8];  // of each weight, [num_tokens, its rows]
   int num_weights;
-  View residual, out;
 };
 
 struct MoeArgs {

@@ -61,8 +61,9 @@ float limit_or_infinity(std::optional<double> limit) {
   return limit.has_value() ? (float)*limit : std::numeric_limits<float>::infinity();
 }
 
-Tensor linear(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, at::IntArrayRef sizes, const OptTensor& norm_weight,
-              double eps, const OptTensor& gate, const OptTensor& residual, std::optional<at::ScalarType> dtype) {
+// The input side of a linear call, and its weights; the caller sets the outputs.
+LinearArgs linear_args(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, at::IntArrayRef sizes, const OptTensor& norm_weight,
+                       double eps) {
   TORCH_CHECK(x.dim() == 2, "linear: x must be [num_tokens, in_features], got ", x.sizes());
   TORCH_CHECK(weights.size() >= 1 && weights.size() <= 8 && weights.size() == formats.size() && weights.size() == sizes.size(),
               "linear: 1 to 8 weights with as many formats and sizes");
@@ -71,18 +72,31 @@ Tensor linear(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, 
   a.num_tokens = x.size(0), a.k = x.size(1);
   a.x = view(x, "x"), a.norm_weight = view(norm_weight, "norm_weight"), a.eps = (float)eps;
   TORCH_CHECK(!norm_weight || norm_weight->numel() == a.k, "linear: norm_weight must have in_features entries");
+  a.num_heads = 0;
+  a.num_weights = (int)weights.size();
+  for (size_t i = 0; i < weights.size(); ++i) a.weights[i] = packed(weights[i], formats[i], sizes[i], a.k);
+  return a;
+}
+
+View columns(const View& v, int64_t begin) {
+  View part = v;
+  if (v.data) part.data = (char*)v.data + begin * (v.is_float ? 4 : 2);
+  return part;
+}
+
+Tensor linear(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, at::IntArrayRef sizes, const OptTensor& norm_weight,
+              double eps, const OptTensor& gate, const OptTensor& residual, std::optional<at::ScalarType> dtype) {
+  LinearArgs a = linear_args(x, weights, formats, sizes, norm_weight, eps);
   a.gate = view(gate, "gate");
   a.num_heads = gate ? gate->size(1) : 0;
   TORCH_CHECK(!gate || (gate->size(0) == a.num_tokens && a.num_heads <= 496 && a.k % a.num_heads == 0), "linear: gate must be [num_tokens, num_heads]");
-  a.num_weights = (int)weights.size();
   int64_t n = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    a.weights[i] = packed(weights[i], formats[i], sizes[i], a.k);
-    n += sizes[i];
-  }
+  for (const int64_t size : sizes) n += size;
   Tensor out = at::empty({a.num_tokens, n}, x.options().dtype(dtype.value_or(x.scalar_type())));
-  a.out = view(out, "output"), a.residual = view(residual, "residual");
   TORCH_CHECK(!residual || residual->sizes() == out.sizes(), "linear: residual must be ", out.sizes(), ", got ", residual->sizes());
+  const View out_view = view(out, "output"), residual_view = view(residual, "residual");
+  int64_t column = 0;
+  for (int i = 0; i < a.num_weights; column += sizes[i++]) a.outs[i] = columns(out_view, column), a.residuals[i] = columns(residual_view, column);
   if (a.num_tokens > 0) kernels().linear(a);
   return out;
 }
@@ -180,8 +194,9 @@ std::tuple<Tensor, Tensor> rms_norm_residual(const Tensor& x, const Tensor& resi
   return add_rms_norm(x, residual, weight, eps);
 }
 
-std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
-                                        const Tensor& cos, const Tensor& sin) {
+// q, k [num_tokens, heads, head_dim] -> normalised and rotated into q_out, k_out, which may be q and k themselves.
+void norm_rope(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps, const Tensor& cos, const Tensor& sin,
+               const Tensor& q_out, const Tensor& k_out) {
   RopeArgs a;
   a.num_threads = at::get_num_threads();
   a.q = head_view(q, "q"), a.k = head_view(k, "k"), a.q_weight = view(q_weight, "q_weight"), a.k_weight = view(k_weight, "k_weight");
@@ -192,10 +207,28 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const 
               "qk_norm_rope: cos and sin must be [num_tokens, rotary_dim / 2]");
   a.rotary_dim = 2 * cos.size(1);
   a.cos = pointer<float>(cos, at::kFloat, "cos"), a.sin = pointer<float>(sin, at::kFloat, "sin");
-  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
   a.q_out = head_view(q_out, "q"), a.k_out = head_view(k_out, "k");
   if (a.num_tokens > 0) kernels().qk_norm_rope(a);
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight, double eps,
+                                        const Tensor& cos, const Tensor& sin) {
+  Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
+  norm_rope(q, k, q_weight, k_weight, eps, cos, sin, q_out, k_out);
   return {q_out, k_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_gate(const Tensor& x, const Tensor& norm_weight, at::TensorList weights, at::IntArrayRef formats,
+                                                    int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, const Tensor& q_weight,
+                                                    const Tensor& k_weight, double eps, const Tensor& cos, const Tensor& sin) {
+  const int64_t sizes[4] = {num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads};
+  LinearArgs a = linear_args(x, weights, formats, sizes, norm_weight, eps);
+  Tensor q = at::empty({a.num_tokens, num_heads, head_dim}, x.options()), gate = at::empty({a.num_tokens, num_heads}, x.options());
+  Tensor k = at::empty({a.num_tokens, num_kv_heads, head_dim}, x.options()), v = at::empty({a.num_tokens, num_kv_heads, head_dim}, x.options());
+  a.outs[0] = view(q, "q"), a.outs[1] = view(k, "k"), a.outs[2] = view(v, "v"), a.outs[3] = view(gate, "gate");
+  if (a.num_tokens > 0) kernels().linear(a);
+  norm_rope(q, k, q_weight, k_weight, eps, cos, sin, q, k);
+  return {q, k, v, gate};
 }
 
 Cache cache_of(const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale, const OptTensor& v_scale) {
@@ -265,6 +298,13 @@ int64_t stream_read(const Tensor& data) {
   return kernels().stream_read((const uint8_t*)data.data_ptr(), data.nbytes(), at::get_num_threads());
 }
 
+Tensor cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
+                        const Tensor& block_table, const Tensor& seq_lens, const Tensor& cu_seqlens, int64_t window, double scale,
+                        int64_t first_key, const OptTensor& k_scale, const OptTensor& v_scale) {
+  cache_write(k, v, k_cache, v_cache, slots, k_scale, v_scale);
+  return paged_attention(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens, window, scale, first_key, std::nullopt, k_scale, v_scale);
+}
+
 // Ask for huge pages before a packed weight is first written: fewer TLB misses while it streams.
 void advise_huge_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
@@ -283,7 +323,9 @@ TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", rms_norm_residual);
   m.impl("qk_norm_rope", qk_norm_rope);
+  m.impl("qkv_gate", qkv_gate);
   m.impl("cache_write", cache_write);
+  m.impl("cached_attention", cached_attention);
   m.impl("paged_attention", paged_attention);
   m.impl("advise_huge_pages", advise_huge_pages);
   m.impl("stream_read", stream_read);

@@ -26,12 +26,11 @@ void linear(const LinearArgs& args) {
   Layout layout;
   Records records;
   int kind_of[8];
-  int64_t first_panel[9] = {0}, first_column[9] = {0}, widest = 0;
+  int64_t first_panel[9] = {0}, widest = 0;
   for (int w = 0; w < args.num_weights; ++w) {
     const Packed& weight = args.weights[w];
     kind_of[w] = records.add(weight.format, args.k, args.num_tokens, layout);
     first_panel[w + 1] = first_panel[w] + weight.panels();
-    first_column[w + 1] = first_column[w] + weight.n;
     widest = weight.panel_stride > widest ? weight.panel_stride : widest;
   }
   uint8_t* base = workspace(0, layout.bytes);
@@ -78,7 +77,7 @@ void linear(const LinearArgs& args) {
           TILES[weight.format](weight.panel(panel), padded_k(weight.format, args.k), record, tokens, m, out);
           const int64_t rows = weight.n - row0 < PANEL ? weight.n - row0 : PANEL;
           for (int i = 0; i < m; ++i)
-            store_row(args.out, args.residual, t + i, first_column[w] + row0, rows, out + i * PANEL);
+            store_row(args.outs[w], args.residuals[w], t + i, row0, rows, out + i * PANEL);
         }
         t += m;
       }
