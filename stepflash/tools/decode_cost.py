@@ -143,7 +143,13 @@ def expected_tokens(num_drafts: int, acceptance: float) -> float:
 
 
 def estimate(model: Architecture, serving: Serving, assumptions: Assumptions) -> Estimate:
-    """The largest batch that memory and promised speed allow, and the cost of a token in it."""
+    """The largest batch that memory and promised speed allow, and the cost of a token in it.
+
+    Raises:
+        ConfigError: drafts are wanted of a model without prediction modules.
+    """
+    if serving.num_drafts and model.draft is None:
+        raise ConfigError(f"{model.name} has no prediction module to draft with; set the drafts to 0")
     tokens = expected_tokens(serving.num_drafts, assumptions.acceptance)
     deadline = tokens / serving.speed
     unit = 1 if _attention_gpus(serving, assumptions) > 1 else serving.num_gpus
@@ -179,9 +185,7 @@ def step_seconds(
     latency = assumptions.layer_latency_us * 1e-6
     parts["latency"] = model.num_layers * latency
     drafts = 0.0
-    if serving.num_drafts:
-        if model.draft is None:
-            raise ConfigError(f"{model.name} has no prediction module to draft with; set the drafts to 0")
+    if serving.num_drafts and model.draft is not None:
         # Each draft runs one module over all verified tokens: its layer, its projection of 2 x hidden, an LM head.
         extra = 2 * model.hidden_size**2 + model.head_parameters
         one = _pass_seconds(((1, model.draft),), extra, model, serving, assumptions, batch)

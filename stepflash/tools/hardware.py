@@ -14,6 +14,7 @@ from stepflash.errors import ConfigError
 
 GB = 10**9
 UNIFIED_RESERVE_BYTES = 7 * GB  # what the model's README gives as the overhead of running the int4 model
+UNIFIED_RESERVE_SHARE = 0.25  # of a machine that is too small for that reserve to make sense
 GPU_USABLE_FRACTION = 0.9  # the default of vLLM's --gpu-memory-utilization
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
@@ -111,14 +112,14 @@ class Machine:
         """What a model may fill on one device."""
         if self.kind == "gpu":
             return self.memory_bytes * GPU_USABLE_FRACTION
-        return max(0.0, self.memory_bytes - UNIFIED_RESERVE_BYTES)
+        return self.memory_bytes - min(UNIFIED_RESERVE_BYTES, UNIFIED_RESERVE_SHARE * self.memory_bytes)
 
     @property
     def reserve(self) -> str:
         """Why `usable_bytes` is less than the memory."""
         if self.kind == "gpu":
             return f"{1 - GPU_USABLE_FRACTION:.0%} of each GPU kept for activations and the runtime"
-        return f"{UNIFIED_RESERVE_BYTES / GB:.0f} GB kept for the system and the runtime"
+        return f"{show_bytes(self.memory_bytes - self.usable_bytes)} kept for the system and the runtime"
 
 
 def _gpus(chip: str, count: int) -> Machine:

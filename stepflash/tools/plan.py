@@ -7,7 +7,7 @@ bare no. Ceilings are not predictions: real engines reach a part of them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stepflash.errors import ConfigError
@@ -181,11 +181,15 @@ def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightForm
     weights = (stored.trunk + mtp_bytes) / machine.count
     kv = kv_cache_bytes(config, request)
     available = machine.usable_bytes
-    limit = _find_limit(config, machine, request, split, weights, kv * kv_share)
     room = max(0.0, available - weights) / kv_share
     fixed = kv_cache_bytes(config, request, context=0)
     per_token = kv_cache_bytes(config, request, context=1) - fixed
-    longest = int((room - fixed) / per_token) if per_token else config.max_position_embeddings
+    longest = int((room - fixed) / per_token) if per_token and room > fixed else 0
+    max_streams = int(room / (kv / request.streams))
+    limit = _find_limit(config, machine, request, split, weights, kv * kv_share)
+    if limit is not None and limit.quantity == "kv_cache":
+        remedy = f"{request.streams} x {longest:,} tokens or {max_streams} x {request.context:,} would fit"
+        limit = replace(limit, reason=f"{limit.reason}; {remedy}")
     return Plan(
         model=model,
         machine=machine.name,
@@ -197,8 +201,8 @@ def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightForm
         kv_bytes=kv,
         device_bytes=weights + kv * kv_share,
         device_available_bytes=available,
-        max_context=max(0, min(longest, config.max_position_embeddings)),
-        max_streams=int(room / (kv / request.streams)),
+        max_context=min(longest, config.max_position_embeddings),
+        max_streams=max_streams,
         split=split,
         ceilings=_ceilings(config, machine, fmt, request, split) if limit is None else (),
     )
@@ -228,7 +232,7 @@ def _find_limit(
 ) -> Limit | None:
     available = machine.usable_bytes
     each = f" on each of {machine.count} devices" if machine.count > 1 else ""
-    memory = f"{show_bytes(available)} usable of {show_bytes(machine.memory_bytes)}{each} ({machine.reserve})"
+    memory = f"{show_bytes(available)} usable of {show_bytes(machine.memory_bytes)}{each}"
     if request.context > config.max_position_embeddings:
         return Limit(
             quantity="context",
@@ -245,7 +249,7 @@ def _find_limit(
     if weights + kv > available:
         reason = (
             f"keys and values {show_bytes(kv)} for {request.streams} x {request.context:,} tokens"
-            f" > {show_bytes(available - weights)} left beside weights {show_bytes(weights)}; {memory}"
+            f" > {show_bytes(available - weights)} left beside weights {show_bytes(weights)} of {memory}"
         )
         return Limit(quantity="kv_cache", needed=kv, available=available - weights, reason=reason)
     return None
@@ -322,9 +326,8 @@ def plans(
 
 def recommend(machine: Machine, candidates: list[Plan]) -> Plan | None:
     """The best format that fits and that an engine runs well on this kind of machine."""
-    wanted = {"gpu": ("vllm", "llama.cpp"), "unified": ("llama.cpp",), "cpu": ("llama.cpp", "stepflash")}[
-        machine.kind
-    ]
+    # bf16 and fp8 of the released files need vLLM or SGLang to be fast, so GPUs; elsewhere GGUF serves best.
+    wanted = {"vllm", "llama.cpp"} if machine.kind == "gpu" else {"llama.cpp"}
     fitting = [plan for plan in candidates if plan.fits]
-    suited = [plan for plan in fitting if set(wanted) & set(FORMATS[plan.format].engines)]
+    suited = [plan for plan in fitting if wanted & set(FORMATS[plan.format].engines)]
     return next(iter(suited or fitting), None)

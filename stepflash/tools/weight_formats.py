@@ -6,6 +6,7 @@ Norms are counted with the matrices: they are a few hundred kilobytes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from stepflash.model import cost
@@ -145,7 +146,7 @@ def touched_fraction(num_experts: int, num_experts_per_tok: int, num_tokens: flo
 
     Neighbouring tokens really share experts more often, so this is an upper bound of what is read.
     """
-    return 1.0 - (1.0 - num_experts_per_tok / num_experts) ** num_tokens
+    return 1.0 - math.pow(1.0 - num_experts_per_tok / num_experts, num_tokens)
 
 
 def weight_bytes_read(config: ModelConfig, fmt: WeightFormat, num_tokens: int, num_drafts: int) -> float:

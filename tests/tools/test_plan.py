@@ -1,0 +1,263 @@
+"""The planner against numbers derived by hand, and properties of what fits."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepflash.errors import ConfigError
+from stepflash.model.config import ModelConfig
+from stepflash.tools.architectures import RELEASED_CONFIG
+from stepflash.tools.hardware import MACHINES, Machine, parse_quantity
+from stepflash.tools.plan import Request, kv_cache_bytes, make_plan, plans, recommend, splits, step_ceiling
+from stepflash.tools.serving_commands import commands
+from stepflash.tools.weight_formats import FORMATS, sizes, weight_bytes_read
+
+CONFIG = ModelConfig.from_pretrained(RELEASED_CONFIG)
+SPARK = MACHINES["dgx-spark"]
+
+
+def plan_of(machine: Machine, format_name: str, **request: object):  # type: ignore[no-untyped-def]
+    return make_plan(CONFIG, "released", machine, FORMATS[format_name], Request(**request))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "trunk", "mtp"),
+    [
+        # 196,956,130,368 parameters, 809,390,336 in each of three modules.
+        ("bf16", 2 * 196_956_130_368, 2 * 3 * 809_390_336),
+        # Routed experts 190,253,629,440 in one byte and 4 bytes for each 128 x 128; the rest in two bytes.
+        ("fp8", 190_253_629_440 * (1 + 4 / 16384) + 2 * (196_956_130_368 - 190_253_629_440), 6 * 809_390_336),
+        ("q4_k_s", 111.5e9, 111.5e9 * 3 * 809_390_336 / 196_956_130_368),
+        ("q8_0", 196_956_130_368 * 34 / 32, 3 * 809_390_336 * 34 / 32),
+    ],
+)
+def test_weights(name: str, trunk: float, mtp: float) -> None:
+    stored = sizes(CONFIG, FORMATS[name])
+    assert stored.trunk == pytest.approx(trunk, rel=1e-9)
+    assert stored.mtp == pytest.approx(mtp, rel=1e-9)
+
+
+def test_released_fp8_repository_is_208_6_gb() -> None:
+    stored = sizes(CONFIG, FORMATS["fp8"])
+    assert round((stored.trunk + stored.mtp) / 1e9, 1) == 208.6
+
+
+def test_int4_is_about_111_gb() -> None:
+    # 4 + 16 / 32 bits for all but the embedding (527,958,016 in BF16) and the router (49,557,312 in float32).
+    quantised = 196_956_130_368 - 527_958_016 - 49_557_312
+    expected = quantised * 4.5 / 8 + 527_958_016 * 2 + 49_557_312 * 4
+    assert sizes(CONFIG, FORMATS["int4-g32"]).trunk == pytest.approx(expected)
+    assert expected / 1e9 == pytest.approx(111.7, abs=0.1)
+
+
+def test_keys_and_values_of_256k() -> None:
+    # 12 GiB + 66 MiB, and 6 MiB for the prediction modules.
+    request = Request(context=262144)
+    assert kv_cache_bytes(CONFIG, request) == 12 * 2**30 + 72 * 2**20
+    assert kv_cache_bytes(CONFIG, replace(request, with_mtp=False)) == 12 * 2**30 + 66 * 2**20
+    assert kv_cache_bytes(CONFIG, replace(request, streams=3)) == 3 * (12 * 2**30 + 72 * 2**20)
+    assert kv_cache_bytes(CONFIG, replace(request, kv_dtype="int8")) == 6 * 2**30 + 36 * 2**20
+
+
+def test_one_token_reads_the_active_parameters() -> None:
+    # 11,459,365,952 active with the LM head, two bytes each.
+    assert weight_bytes_read(CONFIG, FORMATS["bf16"], 1, 0) == pytest.approx(2 * 11_459_365_952)
+
+
+def test_ceiling_of_a_273_gb_box() -> None:
+    # 11.459e9 x 4.529 / 8 = 6.487 GB; one token's keys and values are 45 layers x 4 KiB: nothing. 273 / 6.487 = 42.1.
+    ceiling = step_ceiling(CONFIG, FORMATS["q4_k_s"], Request(context=1), 0, 273e9)
+    assert ceiling.tokens_per_second == pytest.approx(42.08, abs=0.05)
+    assert ceiling.bound == "bandwidth"
+
+
+def test_ceiling_with_one_draft() -> None:
+    # Two tokens touch 1 - (280/288)^2 = 5.478 % of 190.254e9; with 6.1745e9 other active parameters and a module of
+    # 809.4e6: 17.407e9 x 2 bytes. 1.8 tokens of it at 1 TB/s, context 1.
+    bytes_read = 2 * (190_253_629_440 * (1 - (280 / 288) ** 2) + 6_174_542_912 + 809_390_336)
+    ceiling = step_ceiling(CONFIG, FORMATS["bf16"], Request(context=1, acceptance=0.8), 1, 1e12)
+    assert ceiling.tokens_per_second == pytest.approx(1.8 * 1e12 / bytes_read, rel=1e-4)
+
+
+def test_drafts_that_are_never_accepted_only_cost() -> None:
+    request = Request(acceptance=0.0)
+    speeds = [step_ceiling(CONFIG, FORMATS["q4_k_s"], request, d, 273e9).tokens_per_second for d in range(4)]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_many_streams_are_bound_by_compute() -> None:
+    slow = step_ceiling(CONFIG, FORMATS["fp8"], Request(streams=4096, context=512), 3, 4e12, rate=148e12)
+    assert slow.bound == "compute"
+
+
+@pytest.mark.parametrize(
+    ("machine", "best"),
+    [
+        ("mac-studio-128", "q4_k_s"),
+        ("dgx-spark", "q4_k_s"),
+        ("strix-halo", "q4_k_s"),
+        ("h100", None),
+        ("h200", "q4_k_s"),
+        ("4xh100", "fp8"),
+        ("8xh100", "bf16"),
+        ("8xh800", "bf16"),
+        ("8xh20", "bf16"),
+        ("cpu-desktop", "q4_k_s"),
+    ],
+)
+def test_what_fits_on_the_presets(machine: str, best: str | None) -> None:
+    result = recommend(MACHINES[machine], plans(CONFIG, "released", MACHINES[machine], Request()))
+    assert (result.format if result else None) == best
+
+
+def test_refused_by_weights() -> None:
+    limit = plan_of(SPARK, "bf16").limit
+    assert limit.quantity == "weights"
+    assert limit.needed == pytest.approx(2 * 199_384_301_376)
+    assert limit.available == 121e9
+    assert "398.8 GB > 121.0 GB usable of 128.0 GB" in limit.reason
+
+
+def test_refused_by_keys_and_values() -> None:
+    plan = plan_of(SPARK, "q4_k_s", context=262144)
+    assert plan.limit.quantity == "kv_cache"
+    assert plan.limit.needed == 12 * 2**30 + 72 * 2**20
+    assert plan.limit.needed > plan.limit.available
+    assert f"1 x {plan.max_context:,} tokens" in plan.limit.reason
+    # The longest context that is named fits, one more token does not.
+    assert plan_of(SPARK, "q4_k_s", context=plan.max_context).fits
+    assert not plan_of(SPARK, "q4_k_s", context=plan.max_context + 1).fits
+
+
+def test_refused_by_context() -> None:
+    limit = plan_of(MACHINES["8xh200"], "bf16", context=262145).limit
+    assert (limit.quantity, limit.needed, limit.available) == ("context", 262145, 262144)
+
+
+def test_refused_by_split() -> None:
+    limit = plan_of(MACHINES["8xh100"], "fp8", split="tensor").limit
+    assert limit.quantity == "split"
+    assert "1280 expert columns / 8 = 160, not a multiple of the 128 x 128 block of fp8" in limit.reason
+
+
+@pytest.mark.parametrize(
+    ("format_name", "count", "legal"),
+    [
+        ("fp8", 2, {"tensor", "expert", "layers"}),  # 640 = 5 x 128
+        ("fp8", 4, {"expert", "layers"}),  # 320
+        ("fp8", 8, {"expert", "layers"}),  # 160
+        ("bf16", 8, {"tensor", "expert", "layers"}),
+        ("bf16", 16, {"tensor", "expert", "layers"}),  # 80 columns, 18 experts, 8 key-value heads twice
+        ("int4-g32", 8, {"tensor", "expert", "layers"}),  # 160 = 5 x 32
+        ("int4-g64", 8, {"expert", "layers"}),  # 160 = 2.5 x 64
+        ("int4-g128", 4, {"expert", "layers"}),  # 320 = 2.5 x 128
+        ("bf16", 3, {"layers"}),  # 64 query heads
+        ("bf16", 5, {"layers"}),
+        ("bf16", 64, set()),  # 96 query heads and 45 layers
+    ],
+)
+def test_splits(format_name: str, count: int, legal: set[str]) -> None:
+    found = splits(CONFIG, FORMATS[format_name], count)
+    assert {split.kind for split in found if split.is_legal} == legal
+    assert all(split.reasons for split in found if not split.is_legal)
+
+
+def test_reasons_of_splits_name_the_numbers() -> None:
+    reasons = " ".join(reason for split in splits(CONFIG, FORMATS["bf16"], 7) for reason in split.reasons)
+    for text in (
+        "64 query heads",
+        "96 query heads",
+        "8 key-value heads",
+        "1280 expert columns",
+        "288 experts",
+    ):
+        assert text in reasons
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    memory=st.floats(1e9, 1e12),
+    more=st.floats(0, 1e12),
+    context=st.integers(1, 262144),
+    streams=st.integers(1, 64),
+    kind=st.sampled_from(["gpu", "unified", "cpu"]),
+)
+def test_more_memory_never_fits_less(
+    name: str, memory: float, more: float, context: int, streams: int, kind: str
+) -> None:
+    def plan(size: float):  # type: ignore[no-untyped-def]
+        machine = Machine(name="m", kind=kind, memory_bytes=size, bandwidth=None)
+        return plan_of(machine, name, context=context, streams=streams)
+
+    small, large = plan(memory), plan(memory + more)
+    assert large.fits >= small.fits
+    assert large.max_context >= small.max_context
+    assert large.max_streams >= small.max_streams
+    for result in (small, large):
+        assert result.fits == (result.limit is None)
+        assert result.fits == (result.device_bytes <= result.device_available_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    context=st.integers(1, 262143),
+    depth=st.integers(0, 3),
+    streams=st.integers(1, 16),
+)
+def test_longer_context_is_never_faster(name: str, context: int, depth: int, streams: int) -> None:
+    def speed(length: int) -> float:
+        request = Request(context=length, streams=streams)
+        return step_ceiling(CONFIG, FORMATS[name], request, depth, 1e12).tokens_per_second
+
+    assert speed(context + 1) <= speed(context)
+
+
+def test_commands_carry_the_plan() -> None:
+    machine = MACHINES["8xh100"]
+    request = Request(context=131072, streams=4)
+    lines = {
+        c.engine: c for c in commands(plan_of(machine, "fp8", context=131072, streams=4), machine, request)
+    }
+    assert set(lines) == {"vllm", "sglang"}
+    vllm = lines["vllm"].line
+    assert "--tensor-parallel-size 8 --enable-expert-parallel" in vllm
+    assert "--max-model-len 131072 --max-num-seqs 4" in vllm
+    assert vllm.endswith("--quantization fp8")
+    assert "--ep-size 8" in lines["sglang"].line
+    assert "--speculative-num-draft-tokens 4" in lines["sglang"].line
+    assert all("not run here" in command.note for command in lines.values())
+
+
+def test_commands_of_a_small_machine() -> None:
+    request = Request(context=1000, streams=3)
+    found = commands(plan_of(SPARK, "q4_k_s", context=1000, streams=3), SPARK, request)
+    assert [command.engine for command in found] == ["llama.cpp", "stepflash"]
+    assert "-c 3000 -np 3" in found[0].line
+    # 3 x (1000 x 48 KiB + 72 MiB) = 0.348 GiB, rounded up to a tenth
+    assert found[1].line.endswith("--max-num-seqs 3 --kv-cache-gb 0.4")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("128GB", 128e9), ("111.5 GiB", 111.5 * 2**30), ("273GB/s", 273e9), ("4TB/s", 4e12), ("1024", 1024.0)],
+)
+def test_quantities(text: str, value: float) -> None:
+    assert parse_quantity(text, "--memory") == value
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GB", "0GB", "12 XB", "1iB", "nan", "1e3GB"])
+def test_wrong_quantities(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory must be a positive number"):
+        parse_quantity(text, "--memory")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"context": 0}, {"streams": 0}, {"acceptance": 1.1}, {"kv_dtype": "x"}, {"split": "x"}]
+)
+def test_wrong_requests_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        Request(**wrong)  # type: ignore[arg-type]
