@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, NoReturn
 
 from stepflash.errors import StepflashError
@@ -76,7 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (summary, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        command.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=MODEL_HELP)
         add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         command.set_defaults(run=run)
@@ -104,7 +104,12 @@ def _check_command(arguments: Sequence[str]) -> None:
         raise UsageError(f"there is no command {first!r}{hint}")
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=MODEL_HELP)
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="what to answer or continue; default: standard input"
     )
@@ -118,12 +123,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(parser, default_max_tokens=None)
     _add_engine(parser)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     server = ServerSettings()
     parser.add_argument("--host", default=server.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=server.port, help="port, 0 for any (%(default)s)")
@@ -139,6 +146,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument("--verify", action="store_true", help="read every tensor and check its values")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -245,14 +253,28 @@ def _inspect(args: argparse.Namespace) -> int:
     return run_inspect(args.model, should_verify=args.verify, as_json=args.json)
 
 
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int]
+
+
+def _tool(module: str) -> tuple[AddArguments, Run]:
+    """A command that is a module of `stepflash.tools` with `add_arguments(parser)` and `run(options)`."""
+
+    def load() -> Any:
+        return import_module(f"stepflash.tools.{module}")
+
+    return (lambda parser: load().add_arguments(parser)), (lambda options: int(load().run(options)))
+
+
 # What the command line has: a summary, what to add to the parser, and what to run.
-COMMANDS: dict[
-    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
-] = {
+COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "generate": ("one completion", _add_generate, _generate),
     "chat": ("chat in the terminal", _add_chat, _chat),
     "serve": ("serve the OpenAI API and a chat page", _add_serve, _serve),
     "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
+    "plan": ("what fits on a machine, how fast it can be, how to run it", *_tool("plan_command")),
+    "cost": ("decoding cost of models, after the model card's table", *_tool("cost_command")),
+    "doctor": ("check the installation and measure this machine", *_tool("doctor")),
 }
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from stepflash.errors import ConfigError
 from stepflash.tools import decode_cost, plot
-from stepflash.tools.architectures import load_architecture
+from stepflash.tools.architectures import from_config, load_architecture
 from stepflash.tools.decode_cost import SOURCES, Assumptions, CardEntry, Serving, card, compare, log_error
 from stepflash.tools.hardware import CHIPS, Chip, parse_quantity
+from stepflash.tools.plan_command import load_config
 from stepflash.tools.published_costs import paper_cost, prefill_flops_tables
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ DEFAULTS = Assumptions()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `stepflash cost`."""
     parser.add_argument(
-        "config", nargs="?", metavar="MODEL", help="a folder, config.json or .gguf to add to the table"
+        "config",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, config.json, .gguf, hub id or nano to add to the table",
     )
     parser.add_argument(
         "--context", type=int, default=DEFAULTS.context, metavar="N", help="tokens (%(default)s)"
@@ -38,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--drafts", type=int, metavar="D", help="drafted tokens a step (3; 0 without modules)")
     own.add_argument("--gpus", type=int, default=8, metavar="G", help="GPUs that share it (%(default)s)")
     group = parser.add_argument_group("assumptions", "one set for all models")
-    group.add_argument("--gpu", choices=sorted(CHIPS), default=DEFAULTS.chip.name, help="(%(default)s)")
+    group.add_argument("--gpu", choices=sorted(CHIPS), default=DEFAULTS.chip.name, help="kind (%(default)s)")
     group.add_argument("--gpu-memory", metavar="SIZE", help="instead of the datasheet's, such as 96GB")
     group.add_argument("--gpu-bandwidth", metavar="RATE", help="such as 4TB/s")
-    group.add_argument("--bf16-tflops", type=float, metavar="T")
-    group.add_argument("--fp8-tflops", type=float, metavar="T")
+    group.add_argument("--bf16-tflops", type=float, metavar="T", help="peak BF16 rate, dense")
+    group.add_argument("--fp8-tflops", type=float, metavar="T", help="peak FP8 rate, dense")
     group.add_argument(
         "--acceptance", type=float, default=DEFAULTS.acceptance, metavar="P", help="of a draft (%(default)s)"
     )
@@ -171,7 +175,11 @@ def _chip(options: argparse.Namespace) -> Chip:
 
 
 def _added(options: argparse.Namespace) -> CardEntry:
-    model = load_architecture(Path(options.config).expanduser())
+    path = Path(options.config).expanduser()
+    if path.exists():
+        model = load_architecture(path)
+    else:
+        model = from_config(load_config(options.config), options.config)
     drafts = options.drafts if options.drafts is not None else (3 if model.draft else 0)
     serving = Serving(speed=options.speed, num_drafts=drafts, num_gpus=options.gpus)
     return CardEntry(model=model, serving=serving, ratio=None)

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument(
         "--streams", type=int, default=DEFAULTS.streams, metavar="N", help="at the same time (%(default)s)"
     )
-    wanted.add_argument("--format", choices=sorted(FORMATS), help="the best that fits if not given")
+    wanted.add_argument(
+        "--format", metavar="FORMAT", help=f"{', '.join(FORMATS)}; the best that fits if not given"
+    )
     wanted.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bf16", help="(%(default)s)")
     wanted.add_argument(
         "--acceptance",
