@@ -231,7 +231,7 @@ def _print_ratios(console: Console, rows: list[dict[str, Any]], assumptions: Ass
             f"rms log error {error:.3f} over {sum(r['card_ratio'] is not None for r in rows[1:])} ratios"
         )
     console.print(
-        "The fitted assumptions were chosen looking at these ratios: the agreement is in-sample. The card's method\n"
+        "The fitted assumptions were chosen looking at these ratios: the agreement is in-sample. The card's method "
         "is not public. $/M is the rent alone and is checked by nothing."
     )
 

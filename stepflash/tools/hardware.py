@@ -135,15 +135,15 @@ def _gpus(chip: str, count: int) -> Machine:
 
 
 MACHINES = {
-    # Apple M4 Max 546 GB/s, M3 Ultra 819 GB/s; NVIDIA GB10 273 GB/s; AMD Ryzen AI Max+ 395 256 GB/s.
+    # Apple M4 Max (128 GB) 546 GB/s, M3 Ultra 819 GB/s; NVIDIA GB10 273 GB/s; AMD Ryzen AI Max+ 395 256 GB/s.
     "mac-studio-128": Machine(
-        name="Mac Studio M4 Max 128 GB", kind="unified", memory_bytes=128 * GB, bandwidth=546e9
+        name="Mac Studio 128 GB", kind="unified", memory_bytes=128 * GB, bandwidth=546e9
     ),
     "mac-studio-256": Machine(
-        name="Mac Studio M3 Ultra 256 GB", kind="unified", memory_bytes=256 * GB, bandwidth=819e9
+        name="Mac Studio 256 GB", kind="unified", memory_bytes=256 * GB, bandwidth=819e9
     ),
     "mac-studio-512": Machine(
-        name="Mac Studio M3 Ultra 512 GB", kind="unified", memory_bytes=512 * GB, bandwidth=819e9
+        name="Mac Studio 512 GB", kind="unified", memory_bytes=512 * GB, bandwidth=819e9
     ),
     "dgx-spark": Machine(name="DGX Spark 128 GB", kind="unified", memory_bytes=128 * GB, bandwidth=273e9),
     "strix-halo": Machine(name="Strix Halo 128 GB", kind="unified", memory_bytes=128 * GB, bandwidth=256e9),

@@ -120,7 +120,7 @@ def splits(config: ModelConfig, fmt: WeightFormat, count: int) -> tuple[Split, .
     remarks = {
         "tensor": _replication(config, count),
         "expert": [f"{config.num_experts // count} experts on each device", *_replication(config, count)],
-        "layers": ["one device works at a time, so a stream sees the bandwidth of one"],
+        "layers": ["devices take turns: a stream sees the bandwidth of one"],
     }
     if count > config.num_layers:
         obstacles["layers"].append(f"{config.num_layers} layers are fewer than {count} devices")
@@ -188,8 +188,7 @@ def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightForm
     max_streams = int(room / (kv / request.streams))
     limit = _find_limit(config, machine, request, split, weights, kv * kv_share)
     if limit is not None and limit.quantity == "kv_cache":
-        remedy = f"{request.streams} x {longest:,} tokens or {max_streams} x {request.context:,} would fit"
-        limit = replace(limit, reason=f"{limit.reason}; {remedy}")
+        limit = replace(limit, reason=f"{limit.reason}; {_remedies(request, limit, longest, max_streams)}")
     return Plan(
         model=model,
         machine=machine.name,
@@ -253,6 +252,16 @@ def _find_limit(
         )
         return Limit(quantity="kv_cache", needed=kv, available=available - weights, reason=reason)
     return None
+
+
+def _remedies(request: Request, limit: Limit, longest: int, max_streams: int) -> str:
+    """What would fit instead of a cache that does not."""
+    options = [f"{request.streams} x {longest:,} tokens"] if longest else []
+    if max_streams:
+        options.append(f"{max_streams} x {request.context:,} tokens")
+    if DTYPE_BYTES[request.kv_dtype] == 2 and limit.needed / 2 <= limit.available:
+        options.append("8-bit keys and values")
+    return (" or ".join(options) or "nothing") + " would fit"
 
 
 def _ceilings(

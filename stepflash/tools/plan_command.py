@@ -205,31 +205,24 @@ def _print_machine(
         f"{machine.name}: {machine.count} x {show_bytes(machine.usable_bytes)} usable ({machine.reserve}), {speed}",
         style="bold",
     )
-    table = _table(
-        "format",
-        "weights",
-        "modules",
-        "KV",
-        "needed a device",
-        "fits",
-        "longest",
-        "streams",
-        "tok/s",
-        "with drafts",
-    )
+    table = _table("format", "weights", "device", "fits", "longest", "streams", "tok/s", "drafting")
     for plan in candidates:
         table.add_row(
             plan.format,
-            show_bytes(plan.weight_bytes),
-            show_bytes(plan.mtp_bytes),
-            show_bytes(plan.kv_bytes),
+            show_bytes(plan.weight_bytes + plan.mtp_bytes),
             show_bytes(plan.device_bytes),
-            "yes" if plan.fits else f"no: {plan.limit.quantity}" if plan.limit else "no",
+            f"no: {plan.limit.quantity}" if plan.limit else "yes",
             f"{plan.max_context:,}",
             f"{plan.max_streams:,}",
             *_speeds(plan),
         )
     console.print(table)
+    console.print(
+        "weights: with prediction modules; device: weights and its part of"
+        f" {show_bytes(candidates[0].kv_bytes)} of keys and values; longest: context for these streams; streams:"
+        " of this context",
+        style="dim",
+    )
     for plan in candidates:
         if plan.limit:
             console.print(f"{plan.format}: refused, {plan.limit.reason}", style="red", markup=False)
@@ -256,12 +249,12 @@ def _print_ceilings(console: Console, best: Plan, request: Request) -> None:
             f"{ceiling.tokens_per_step:.2f}",
             show_bytes(ceiling.bytes_per_step),
             ceiling.bound,
-            f"{ceiling.tokens_per_second:.1f}",
-            f"{ceiling.tokens_per_second_per_stream:.1f}",
+            _speed(ceiling.tokens_per_second),
+            _speed(ceiling.tokens_per_second_per_stream),
         )
     console.print(table)
     console.print(
-        "Upper bounds: every byte once at full bandwidth, no latency, no communication. Verified tokens are taken\n"
+        "Upper bounds: every byte once at full bandwidth, no latency, no communication. Verified tokens are taken "
         "to pick experts independently, 1 - (1 - k/E)^n of them; real tokens share more, so drafts read less."
     )
 
@@ -291,13 +284,13 @@ def _print_presets(
     request: Request,
 ) -> None:
     weights = _table("format", "weights", "modules", "note")
-    weights.columns[-1].justify = "left"
+    weights.columns[-1].justify, weights.columns[-1].no_wrap = "left", False
     for fmt in FORMATS.values():
         stored = sizes(config, fmt)
         weights.add_row(fmt.name, show_bytes(stored.trunk), show_bytes(stored.mtp), fmt.note)
     console.print(weights)
     console.print()
-    table = _table("machine", "best format", "split", "longest", "streams", "tok/s", "with drafts")
+    table = _table("machine", "format", "split", "longest", "streams", "tok/s", "drafting")
     for machine, candidates, best in answers:
         if best is None:
             smallest = min(candidates, key=lambda plan: plan.device_bytes)
@@ -326,8 +319,12 @@ def _speeds(plan: Plan) -> tuple[str, str]:
     if not plan.ceilings:
         return "-", "-"
     best = max(plan.ceilings, key=lambda ceiling: ceiling.tokens_per_second)
-    with_drafts = f"{best.tokens_per_second:.1f} ({best.num_drafts})" if best.num_drafts else "-"
-    return f"{plan.ceilings[0].tokens_per_second:.1f}", with_drafts
+    with_drafts = f"{_speed(best.tokens_per_second)} ({best.num_drafts})" if best.num_drafts else "-"
+    return _speed(plan.ceilings[0].tokens_per_second), with_drafts
+
+
+def _speed(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:.1f}" if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
 
 
 def _table(*columns: str, right: bool = True) -> Any:
@@ -335,5 +332,5 @@ def _table(*columns: str, right: bool = True) -> Any:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if right and index else "left")
+        table.add_column(column, justify="right" if right and index else "left", no_wrap=right)
     return table

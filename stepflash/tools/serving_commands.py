@@ -52,6 +52,8 @@ def _vllm(plan: Plan, request: Request, model: str | None) -> Command:
     if plan.split.kind == "expert":
         words.append("--enable-expert-parallel")
     words += ["--max-model-len", str(request.context), "--max-num-seqs", str(request.streams)]
+    if request.kv_dtype != "bfloat16":
+        words += ["--kv-cache-dtype", "fp8"]
     words += ["--disable-cascade-attn", "--enable-auto-tool-choice", *PARSERS]
     note = NOT_VERIFIED
     if request.with_mtp:
@@ -87,6 +89,8 @@ def _sglang(plan: Plan, request: Request, model: str | None) -> Command:
         words += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"]
         words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"]
         words.append("--enable-multi-layer-eagle")
+    if request.kv_dtype != "bfloat16":
+        words += ["--kv-cache-dtype", "fp8_e4m3"]
     line = "SGLANG_ENABLE_SPEC_V2=1 " + shlex.join(words)
     return Command(engine="sglang", line=line, note=NOT_VERIFIED)
 
@@ -95,6 +99,8 @@ def _llama_cpp(plan: Plan, request: Request, model: str | None) -> Command:
     words = ["llama-server", "-m", model or GGUF_FILE.get(plan.format, "MODEL.gguf")]
     words += ["-c", str(request.context * request.streams), "-np", str(request.streams)]
     words += ["-b", "2048", "-ub", "2048", "-fa", "on", "--jinja"]
+    if request.kv_dtype != "bfloat16":
+        words += ["-ctk", "q8_0", "-ctv", "q8_0"]
     note = f"{NOT_VERIFIED}; drafting needs a file with the prediction modules and a build that runs them"
     return Command(engine="llama.cpp", line=shlex.join(words), note=note)
 
