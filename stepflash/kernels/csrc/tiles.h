@@ -7,7 +7,8 @@ namespace SF_ISA {
 
 using namespace stepflash;
 
-// Hardware prefetchers stop at page borders; this keeps the weight stream running across them.
+// Hardware prefetchers stop at page borders; this keeps the weight stream running across them. Only tiles of few
+// tokens do it: with more, the weights come from the cache.
 constexpr int PREFETCH_BYTES = 2048;
 
 SF_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
