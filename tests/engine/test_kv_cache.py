@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,26 @@ def test_a_sequence_holds_its_window_and_no_more() -> None:
         )
     cache.close(blocks)
     assert cache.used_bytes == 0
+
+
+def test_262144_tokens_take_the_memory_of_the_formula() -> None:
+    """Prefill in chunks, then decode, by the cache alone; the tensors are mapped, their pages untouched."""
+    config = replace(ModelConfig.from_pretrained(MICRO), max_position_embeddings=262144)
+    own = limits(max_batched_tokens=2048)
+    per_full, per_sliding = block_bytes(config, own)
+    cache = KVCache(config, own)
+    blocks = cache.open()
+    cache.grow(blocks, FULL, 262144)
+    windows = sliding_blocks_per_sequence(config, own)
+    for num_slots in [*range(2048, 262144, 2048), *range(262100, 262144)]:
+        cache.grow(blocks, SLIDING, num_slots + LOOKAHEAD_SLOTS)
+        assert len(blocks.sliding) <= windows + 2048 // 16 + 1  # in a step: its own tokens too
+        cache.trim(blocks, num_slots)
+        assert len(blocks.sliding) <= windows
+    # Micro: 3 full layers (one of them an MTP module) and 8 sliding, 2 heads of 32 in bf16.
+    assert per_full == 16 * 3 * 2 * 2 * 32 * 2
+    assert cache.used_bytes == 262144 // 16 * per_full + len(blocks.sliding) * per_sliding
+    assert cache.capacity_tokens == 262144
 
 
 @settings(max_examples=60, deadline=None)

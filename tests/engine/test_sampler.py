@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.engine.request import SamplingParams
-from stepflash.engine.sampler import Row, Sampler, filter_logits
+from stepflash.engine.sampler import NUCLEUS_GUESS, Row, Sampler, filter_logits
 from stepflash.engine.speculative import num_accepted
 
 # Upper 0.001 quantiles of chi-square by degrees of freedom (tables).
@@ -109,6 +109,17 @@ def test_filters_equal_the_naive_ones(logits: list[int], top_k: int, top_p: floa
     both = filter_logits(torch.tensor([values, values]), [params, off])
     assert {i for i, x in enumerate(both[0].tolist()) if x > -math.inf} == naive_filter(values, params)
     assert both[1].tolist() == torch.tensor(values).tolist()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+def test_a_nucleus_larger_than_the_first_guess_is_found(top_p: float) -> None:
+    logits = torch.linspace(0, 1, 5000, dtype=torch.float32)
+    kept = filter_logits(logits[None], [SamplingParams(top_p=top_p)])[0] > -math.inf
+    expected = naive_filter(logits.tolist(), SamplingParams(top_p=top_p))
+    assert len(expected) > NUCLEUS_GUESS
+    # float32 sums of 5000 terms may move the edge by a token or two.
+    assert abs(int(kept.sum()) - len(expected)) <= 2
+    assert bool(kept[min(expected) + 2 :].all())
 
 
 def test_penalties_bias_and_mask_follow_their_formulas() -> None:
