@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stepflash.errors import ConfigError
 from stepflash.tools import decode_cost, plot
 from stepflash.tools.architectures import from_config, load_architecture
+from stepflash.tools.cost_fit import TOLERANCE, grid, leave_one_out
 from stepflash.tools.decode_cost import SOURCES, Assumptions, CardEntry, Serving, card, compare, log_error
 from stepflash.tools.hardware import CHIPS, Chip, parse_quantity
 from stepflash.tools.plan_command import load_config
@@ -90,7 +91,12 @@ def run(options: argparse.Namespace) -> int:
                 {"context": context, "cost": cost}
                 for context, cost in zip(SWEEP, sweep[row["model"]], strict=True)
             ]
-        report = {**asdict(assumptions), "sources": SOURCES, "sensitivity": sensitivity(assumptions)}
+        report = {
+            **asdict(assumptions),
+            "sources": SOURCES,
+            "sensitivity": sensitivity(assumptions),
+            "leave_one_out": leave_one_out(grid()),
+        }
         print(json.dumps({"models": rows, "assumptions": report}))
     else:
         _print_report(rows, sweep, entries, assumptions)
@@ -126,13 +132,13 @@ def variants(base: Assumptions) -> list[tuple[str, Assumptions, dict[str, float]
         *((f"latency {us} us a layer", {"layer_latency_us": float(us)}) for us in (0, 50, 150)),
         ("BF16 keys and values", {"kv_bytes": 2}),
         ("FP8 attention math", {"attention_math": "fp8"}),
-        ("no overlap of reading and multiplying", {"overlap": False}),
+        ("reading and multiplying in turn", {"overlap": False}),
         ("busiest experts 1.5x the mean", {"imbalance": 1.5}),
         ("80 % of memory", {"memory_fraction": 0.8}),
         ("billed at the speed reached", {"bill_promised_speed": False}),
         ("sequences may be fractions", {"whole_sequences": False}),
         (
-            "data-parallel attention, fractions",
+            "and data-parallel attention",
             {"tensor_parallel_attention": False, "whole_sequences": False},
         ),
     ]
@@ -197,6 +203,7 @@ def _print_report(
     _print_ratios(console, rows, assumptions)
     _print_assumptions(console, assumptions)
     _print_sensitivity(console, assumptions)
+    _print_leave_one_out(console)
     console.print("\nCost of a token against context, Step 3.5 Flash at 128K = 1", style="bold")
     console.print(plot.text_plot([_thousands(context) for context in SWEEP], sweep), markup=False)
     console.print("Only 128K has card values: the other contexts are predictions that nothing here checks.")
@@ -206,7 +213,7 @@ def _print_report(
 def _print_ratios(console: Console, rows: list[dict[str, Any]], assumptions: Assumptions) -> None:
     title = f"Cost of a decoded token at {_thousands(assumptions.context)} context on {assumptions.chip.name}"
     console.print(title, style="bold")
-    columns = ("model", "card", "estimate", "error", "tok/s", "drafts", "GPUs", "sequences", "limit", "$/M")
+    columns = ("model", "card", "ours", "error", "tok/s", "drafts", "GPUs", "batch", "limit", "$/M")
     cells = []
     for row in rows:
         dollars = row["dollars_per_million_tokens"]
@@ -249,7 +256,7 @@ def _print_assumptions(console: Console, assumptions: Assumptions) -> None:
 
 
 def _print_sensitivity(console: Console, assumptions: Assumptions) -> None:
-    console.print("\nOne change at a time", style="bold")
+    console.print("\nOne change at a time: the ratios, and their rms log error", style="bold")
     changed = sensitivity(assumptions)
     names = list(changed[0]["ratios"])[1:]
     cells = [
@@ -260,7 +267,30 @@ def _print_sensitivity(console: Console, assumptions: Assumptions) -> None:
         )
         for row in changed
     ]
-    console.print(_table(("change", *names, "rms log error"), cells))
+    console.print(_table(("change", *map(_first_word, names), "rms"), cells))
+
+
+def _print_leave_one_out(console: Console) -> None:
+    console.print(
+        "\nEach model predicted by a fit (GPU, acceptance p, latency, efficiency) to the other four",
+        style="bold",
+    )
+    points = grid()
+    cells = [
+        (
+            row["model"],
+            f"{row['card_ratio']:.1f}",
+            f"{row['predicted']:.2f}",
+            f"{row['error']:+.1%}",
+            f"{row['gpu']}, p {row['acceptance']:g}, {row['layer_latency_us']:g} us, {row['efficiency']:.0%}",
+        )
+        for row in leave_one_out(points)
+    ]
+    table = _table(("model", "card", "predicted", "error", "the fit"), cells)
+    table.columns[-1].justify = "left"
+    console.print(table)
+    good = sum(point.is_within_tolerance() for point in points)
+    console.print(f"{good} of {len(points)} grid points are within {TOLERANCE:.0%} of all five ratios.")
 
 
 def _print_published(console: Console, entries: Sequence[CardEntry], assumptions: Assumptions) -> None:
@@ -273,7 +303,7 @@ def _print_published(console: Console, entries: Sequence[CardEntry], assumptions
         cells.append(
             (f"{name}, ${costs[0]:.3f}/M for Step", *(f"{cost / costs[0]:.2f}" for cost in costs[1:]))
         )
-    console.print(_table(("GPU", *(entry.model.name for entry in entries[1:])), cells))
+    console.print(_table(("GPU", *(_first_word(entry.model.name) for entry in entries[1:])), cells))
     console.print("\nPrefill operations relative to 64 sliding heads: the report, and counted", style="bold")
     cells = [
         (row["change"], _thousands(row["context"]), f"{row['report']:.2f}", f"{row['computed']:.3f}")
@@ -295,6 +325,10 @@ def _table(columns: Sequence[str], cells: Sequence[Sequence[str]], right: bool =
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _first_word(name: str) -> str:
+    return name.replace("-", " ").split()[0]
 
 
 def _thousands(context: int) -> str:

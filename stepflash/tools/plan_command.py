@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BUILT_IN = "step-3.5-flash"
+RELEASED = (BUILT_IN, "stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.5-Flash-FP8")  # one configuration
 KV_DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 DEFAULTS = Request()
 SPLIT_COUNTS = (2, 4, 8, 16, 32)
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     for machine in machines:
         candidates = plans(config, options.model, machine, request, options.format)
         answers.append((machine, candidates, recommend(machine, candidates)))
-    command_model = None if options.model == BUILT_IN else options.model
+    command_model = None if options.model in RELEASED else options.model
     if options.json:
         report = {
             "model": options.model,
@@ -121,7 +122,7 @@ def load_config(model: str) -> ModelConfig:
     Raises:
         ConfigError, WeightsError: there is none.
     """
-    if model == BUILT_IN:
+    if model in RELEASED:
         return ModelConfig.from_pretrained(RELEASED_CONFIG)
     path = Path(model).expanduser()
     if path.exists() or model == "nano":

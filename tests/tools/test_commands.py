@@ -45,6 +45,37 @@ def test_plan_of_a_128_gb_box(capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-server -m step3.5_flash_Q4_K_S.gguf -c 32768" in out
 
 
+def test_released_names_need_no_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("downloads"))
+    for name in ("step-3.5-flash", "stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.5-Flash-FP8"):
+        status, out, _ = run("plan", name, "--machine", "h200", capsys=capsys)
+        assert status == 0
+        assert "196,956,130,368 parameters" in out
+
+
+def test_plan_of_a_hub_model_reads_its_configuration_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *names: asked.append(names) or f"{MICRO}/config.json"
+    )
+    assert run("plan", "owner/name", "--memory", "8GB", capsys=capsys)[0] == 0
+    assert asked == [("owner/name", "config.json")]
+
+    def fail(*_: str) -> str:
+        raise OSError("no connection\nat all")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    status, _, err = run("plan", "owner/name", capsys=capsys)
+    assert status == 2
+    assert (
+        err == "stepflash: error: owner/name: its config.json could not be read from the hub: no connection\n"
+    )
+
+
 def test_plan_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run("plan", capsys=capsys)
     assert status == 0
@@ -125,7 +156,7 @@ def test_cost_json_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert {point["context"]: point["cost"] for point in step["by_context"]}[131072] == 1.0
     assumptions = report["assumptions"]
     assert assumptions["chip"]["name"] == "H20"
-    assert set(assumptions["sources"]) == set(assumptions) - {"sources", "sensitivity"}
+    assert set(assumptions["sources"]) == set(assumptions) - {"sources", "sensitivity", "leave_one_out"}
 
 
 def test_cost_prints_card_beside_estimate(capsys: pytest.CaptureFixture[str]) -> None:
