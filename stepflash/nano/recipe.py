@@ -83,7 +83,7 @@ class Recipe:
     adam_lr_scale: float = 0.3
     weight_decay: float = 0.02
     warmup: float = 0.01
-    decay_from: float = 0.55
+    decay_from: float = 0.45
     router_bias_rate: float = 5e-3
     router_bias_until: float = 0.8
     mtp_from: float = 0.65
