@@ -11,35 +11,31 @@ from torch import Tensor
 from stepflash.engine.batch import TokenBatch
 from stepflash.engine.kv_cache import KVCache
 from stepflash.kernels import ops
-from stepflash.model.config import ModelConfig
 
 
 class PagedAttention:
     """`attend(layer_idx, q, k, v)` over a paged cache for the tokens of one batch."""
 
-    def __init__(self, config: ModelConfig, cache: KVCache, batch: TokenBatch) -> None:
-        self._layers = config.layers
-        self._cache = cache
+    def __init__(self, cache: KVCache, batch: TokenBatch) -> None:
+        self._layers = cache.layers
         self._batch = batch
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim] -> like q."""
-        cache, batch, layer = self._cache, self._batch, self._layers[layer_idx]
-        group = cache.group_of[layer_idx]
-        keys, values = cache.keys[layer_idx], cache.values[layer_idx]
-        k_scale, v_scale = cache.scales.get(layer_idx, (None, None))
-        ops.cache_write(k, v, keys, values, batch.slot_mapping[group], k_scale, v_scale)
-        return ops.paged_attention(
+        layer, batch = self._layers[layer_idx], self._batch
+        return ops.cached_attention(
             q,
-            keys,
-            values,
-            batch.block_tables[group],
+            k,
+            v,
+            layer.keys,
+            layer.values,
+            batch.slot_mapping[layer.group],
+            batch.block_tables[layer.group],
             batch.context_lens,
             batch.cu_seqlens,
             layer.window or 0,
-            layer.head_dim**-0.5,
-            cache.first_slot[layer_idx],
-            None,
-            k_scale,
-            v_scale,
+            layer.scale,
+            layer.first_slot,
+            layer.k_scale,
+            layer.v_scale,
         )

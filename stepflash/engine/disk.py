@@ -186,11 +186,11 @@ def _tensors(
 
 def _stores(cache: KVCache) -> Iterator[tuple[str, Tensor, int]]:
     """All tensors whose rows are blocks, with their group."""
-    for layer, group in cache.group_of.items():
-        yield f"keys.{layer}", cache.keys[layer], group
-        yield f"values.{layer}", cache.values[layer], group
-        for name, scale in zip(("key_scales", "value_scales"), cache.scales.get(layer, ()), strict=False):
-            yield f"{name}.{layer}", scale, group
+    for index, layer in cache.layers.items():
+        for name in ("keys", "values", "k_scale", "v_scale"):
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                yield f"{name}.{index}", tensor, layer.group
 
 
 def _restore(

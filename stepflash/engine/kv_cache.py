@@ -60,8 +60,26 @@ class SequenceBlocks:
     sliding_first: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """The cache of one layer and what attending over it takes.
+
+    keys, values: [num_blocks, block_size, num_kv_heads, head_dim]; k_scale, v_scale [num_blocks, block_size,
+    num_kv_heads] float32 of an int8 cache. Slots before `first_slot` hold nothing.
+    """
+
+    group: int
+    window: int | None
+    scale: float
+    first_slot: int
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 class KVCache:
-    """Tensors, pools and tables. Keys and values of a layer are [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Layers, pools and tables."""
 
     def __init__(
         self,
@@ -75,33 +93,42 @@ class KVCache:
         self.block_size = limits.block_size
         self.device = torch.device(device)
         self.window = max((w for _, w in _windows(config, limits.num_modules)), default=0)
-        self.layers = group_layers(config, limits.num_modules)
+        self.group_layers = group_layers(config, limits.num_modules)
         self.block_bytes = block_bytes(config, limits)
         num_blocks = plan_blocks(config, limits, kv_cache_bytes)
         self.pools = (BlockPool(num_blocks[FULL]), BlockPool(num_blocks[SLIDING]))
         # Asked to free blocks of a group when a pool runs dry; the prefix cache puts itself here.
         self.evict: Callable[[int, int], None] = lambda group, count: None
-        self.group_of = {layer: group for group in (FULL, SLIDING) for layer in self.layers[group]}
-        self.first_slot = {i: max(0, i - config.num_layers + 1) for i in range(len(config.layers))}
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        # Of an int8 cache: float32 scales of keys and values, [num_blocks, block_size, num_kv_heads].
-        self.scales: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, group in self.group_of.items():
-            shape = config.layers[layer]
-            size = (num_blocks[group], limits.block_size, shape.num_kv_heads, shape.head_dim)
-            # Zeroed pages are mapped on first touch, so a large cache costs no memory until it is used.
-            self.keys[layer] = torch.zeros(size, dtype=limits.dtype, device=self.device)
-            self.values[layer] = torch.zeros(size, dtype=limits.dtype, device=self.device)
-            if limits.dtype == torch.int8:
-                self.scales[layer] = (
-                    torch.zeros(size[:3], device=self.device),
-                    torch.zeros(size[:3], device=self.device),
-                )
+        self.layers = {
+            index: self._new_layer(config, index, group, num_blocks[group])
+            for group, indices in enumerate(self.group_layers)
+            for index in indices
+        }
         slots = limits.max_model_len + LOOKAHEAD_SLOTS
         table_shape = (limits.max_num_seqs, -(-slots // limits.block_size))
         self.tables = tuple(np.zeros(table_shape, dtype=np.int32) for _ in (FULL, SLIDING))
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    def _new_layer(self, config: ModelConfig, index: int, group: int, num_blocks: int) -> LayerCache:
+        layer, dtype = config.layers[index], self.limits.dtype
+
+        # Zeroed pages are mapped on first touch, so a large cache costs no memory until it is used.
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(
+                num_blocks, self.block_size, layer.num_kv_heads, *shape, dtype=dtype, device=self.device
+            )
+
+        is_int8 = dtype == torch.int8
+        return LayerCache(
+            group=group,
+            window=layer.window,
+            scale=layer.head_dim**-0.5,
+            first_slot=max(0, index - config.num_layers + 1),
+            keys=zeros(layer.head_dim),
+            values=zeros(layer.head_dim),
+            k_scale=zeros(dtype=torch.float32) if is_int8 else None,
+            v_scale=zeros(dtype=torch.float32) if is_int8 else None,
+        )
 
     @property
     def num_free_rows(self) -> int:
@@ -111,7 +138,11 @@ class KVCache:
     def capacity_tokens(self) -> int:
         """Longest sequence that fits when it is alone."""
         in_blocks = self.pools[FULL].num_blocks * self.block_size - LOOKAHEAD_SLOTS
-        return min(self.limits.max_model_len, in_blocks) if self.layers[FULL] else self.limits.max_model_len
+        return (
+            min(self.limits.max_model_len, in_blocks)
+            if self.group_layers[FULL]
+            else self.limits.max_model_len
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -140,7 +171,7 @@ class KVCache:
         Raises:
             OutOfBlocks: even after eviction; the sequence keeps what it had.
         """
-        if not self.layers[group] and group == SLIDING:
+        if not self.group_layers[group] and group == SLIDING:
             return
         held, first = (blocks.full, 0) if group == FULL else (blocks.sliding, blocks.sliding_first)
         start, wanted = first + len(held), -(-num_slots // self.block_size)
@@ -173,7 +204,7 @@ class KVCache:
 
     def sliding_before(self, blocks: SequenceBlocks, boundary: int) -> tuple[int, list[int]] | None:
         """First index and ids of the sliding blocks that a continuation at `boundary` needs; None if gone."""
-        if not self.layers[SLIDING]:
+        if not self.group_layers[SLIDING]:
             return 0, []
         first = max(0, boundary - self.window) // self.block_size
         if first < blocks.sliding_first:

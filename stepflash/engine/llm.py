@@ -58,7 +58,8 @@ class LLM:
     Args:
         model: "nano", a folder, a .gguf file, a hub id, or a network that is already there.
         dtype: of the weights; "bfloat16" or "float32". Ignored for a network.
-        quantization: a weight format to convert to while loading, see `stepflash.weights.load`.
+        quantization: a weight format to pack the weights in for the native kernels: "bf16", "fp8", "int8",
+            "int4" and others, see `stepflash.weights.quantized`.
         tokenizer, chat_template: instead of the checkpoint's own.
         kv_dtype: of the KV cache; None is the weights'.
         others: see `EngineConfig`.
@@ -296,8 +297,12 @@ def _load(
     from stepflash.weights.load import load_model
 
     path = resolve_model(model)
-    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
-    return path, load_model(path, dtype=dtype, device=device, **options)
+    loaded = load_model(path, dtype=dtype, device=device)
+    if quantization is None:
+        return path, loaded
+    from stepflash.weights.quantized import quantize_model
+
+    return path, quantize_model(loaded, quantization)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

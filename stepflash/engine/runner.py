@@ -67,9 +67,7 @@ class Runner:
             for item in plan
         ]
         batch = build_batch(self.cache, spans)
-        hidden_states = self.model(
-            batch.input_ids, batch.positions, PagedAttention(self.model.config, self.cache, batch)
-        )
+        hidden_states = self.model(batch.input_ids, batch.positions, PagedAttention(self.cache, batch))
         rows: list[Row] = []
         row_indices: list[int] = []
         for i, item in enumerate(plan):

@@ -190,7 +190,7 @@ def _run_module(
             batch.input_ids,
             inputs[0] if len(inputs) == 1 else torch.cat(inputs),
             batch.positions,
-            PagedAttention(model.config, cache, batch),
+            PagedAttention(cache, batch),
         )
         outputs = list(torch.split(hidden_states, [work.num_tokens for work in active]))
         _draft(model, sampler, active, outputs, module)

@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepflash.engine.core import EngineCore
+from stepflash.engine.core import EngineConfig, EngineCore
 from stepflash.engine.sampler import Row
 from stepflash.engine.speculative import DraftJob
+from stepflash.kernels import build
 from stepflash.model.transformer import Step3p5ForCausalLM
-from tests.engine.conftest import FEW_TOKENS, drive, request
+from stepflash.weights.load import load_model
+from stepflash.weights.quantized import quantize_model
+from tests.engine.conftest import FEW_TOKENS, MICRO, drive, request
 
 NewCore = Callable[..., EngineCore]
 Golden = tuple[list[int], list[int]]
@@ -213,3 +216,32 @@ def check_drafts(
     for k, draft in enumerate(drafts):
         # A tie within rounding may go either way.
         assert draft == int(logits[k].argmax()) or logits[k].max() - logits[k, draft] < 1e-4, (token_ids, k)
+
+
+@pytest.mark.parametrize(("quantization", "kv_dtype"), [("int4", torch.int8), ("bf16", None)])
+def test_packed_weights_give_the_same_bits_at_any_depth_and_in_any_batch(
+    golden: Golden, quantization: str, kv_dtype: torch.dtype | None
+) -> None:
+    """The native kernels compute a token alike whatever is beside it, so even bf16 has one greedy output."""
+    if not build.load():
+        pytest.skip("no native kernels: there is no compiler, or they are switched off")
+    prompt, _ = golden
+    packed = quantize_model(load_model(MICRO, progress=False), quantization)
+    outputs = []
+    for chunk, depth, num_others in ((64, 0, 0), (17, 0, 0), (64, 3, 0), (23, 3, 3), (64, None, 2)):
+        config = EngineConfig(
+            max_num_seqs=4,
+            max_num_batched_tokens=chunk,
+            max_model_len=512,
+            kv_dtype=kv_dtype,
+            kv_cache_bytes=32 << 20,
+        )
+        others = [
+            request(f"o{i}", prompt[i : i + 40], temperature=1.0, max_tokens=30) for i in range(num_others)
+        ]
+        asked = request("a", prompt, max_tokens=50, draft_depth=depth, logit_bias=FEW_TOKENS)
+        done = drive(EngineCore(packed, config), *others, asked)["a"]
+        outputs.append(done.token_ids)
+        if depth == 3:
+            assert sum(done.stats.num_accepted_tokens) > 0
+    assert all(other == outputs[0] for other in outputs)

@@ -18,6 +18,7 @@ from stepflash.engine.kv_cache import (
     SLIDING,
     CacheLimits,
     KVCache,
+    LayerCache,
     block_bytes,
     plan_blocks,
     sliding_blocks_per_sequence,
@@ -129,8 +130,8 @@ def test_paged_attention_equals_dense_attention(
         cu_seqlens.append(cu_seqlens[-1] + new)
     tables = order.view(3, 64)[: len(lengths)]
     q = torch.randn(cu_seqlens[-1], kv_heads * groups, dim, generator=generator)
-    cache = SimpleNamespace(
-        group_of={0: 0}, keys={0: keys}, values={0: values}, scales={}, first_slot={0: first_slot}
+    layer = LayerCache(
+        group=0, window=window, scale=dim**-0.5, first_slot=first_slot, keys=keys, values=values
     )
     slots = [
         int(tables[i, s // block_size]) * block_size + s % block_size
@@ -144,8 +145,7 @@ def test_paged_attention_equals_dense_attention(
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
     )
-    config = SimpleNamespace(layers=[SimpleNamespace(window=window, head_dim=dim)])
-    out = PagedAttention(config, cache, batch)(0, q, k, v)  # type: ignore[arg-type]
+    out = PagedAttention(SimpleNamespace(layers={0: layer}), batch)(0, q, k, v)  # type: ignore[arg-type]
     assert all(torch.equal(keys.flatten(0, 1)[s], row) for s, row in zip(slots, k, strict=True))
     for i, end in enumerate(context_lens):
         for row in range(cu_seqlens[i], cu_seqlens[i + 1]):
