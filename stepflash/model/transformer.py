@@ -7,6 +7,8 @@ the released checkpoint.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 
@@ -90,9 +92,9 @@ class Step3p5ForCausalLM(nn.Module):
         return self.mtp_layer(module).compute_logits(hidden_states).float()
 
     def trunk_layers(self) -> list[DecoderLayer]:
-        return [
-            layer for layer in self.model.layers[: self.config.num_layers] if isinstance(layer, DecoderLayer)
-        ]
+        # NOTE: slicing a ModuleList would build a new one in every step.
+        first = islice(self.model.layers, self.config.num_layers)
+        return [layer for layer in first if isinstance(layer, DecoderLayer)]
 
     def mtp_layer(self, module: int) -> MTPLayer:
         if not 1 <= module <= self.config.num_mtp_layers:
