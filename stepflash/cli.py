@@ -275,6 +275,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "plan": ("what fits on a machine, how fast it can be, how to run it", *_tool("plan_command")),
     "cost": ("decoding cost of models, after the model card's table", *_tool("cost_command")),
     "doctor": ("check the installation and measure this machine", *_tool("doctor")),
+    "bench": ("measure decode, prefill, speculation or a server", *_tool("bench")),
 }
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def random_prompts(vocab_size: int, num_tokens: int, streams: int, seed: int = 0
 def decode_rates(llm: LLM, context: int, num_generated: int, streams: int, runs: int) -> Samples:
     """Tokens per second of all streams together while they decode after `context` tokens, without drafts.
 
-    The clock starts when the last stream has its first token and stops with the last token of the first to end,
-    so that every counted step decodes all streams.
+    The time is that of the slowest stream from its first token to its last. The warm-up fills the prefix cache,
+    so that in the counted runs no long prefill of one stream holds up the decoding of another.
     """
     sampling = SamplingParams(max_tokens=num_generated, temperature=0.0, ignore_eos=True, draft_depth=0)
     prompts = random_prompts(_vocab_limit(llm), context, streams)

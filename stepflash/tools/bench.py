@@ -1,0 +1,277 @@
+"""`stepflash bench`: how fast this model runs here, and what fraction of the machine's memory bandwidth that is.
+
+`decode`, `prefill` and `mtp` run the engine in this process, `serve` puts load on any server with the OpenAI API.
+Every rate is a median after a warm-up; the bandwidth is measured before and after, in the same run and with the
+same threads, so that a busy machine shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stepflash.errors import ConfigError
+from stepflash.settings import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from stepflash.engine.llm import LLM
+    from stepflash.tools.bench_measure import Samples
+
+SHORT_CONTEXT = 16  # decode is measured after so many tokens, too
+DEPTHS: tuple[int | None, ...] = (0, 3, None)
+# What `mtp` asks a model with a chat template; random ids have no structure that a draft could catch.
+PROMPTS = (
+    "What is 47 + 85?",
+    "Sort these words: pear, apple, fig, cherry.",
+    "Write a Python function that returns the largest number of a list.",
+    "Which day of the week comes three days after Monday?",
+    "Repeat this sentence: the lamp stands on the small table.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `stepflash bench`."""
+    parser.add_argument("subject", choices=[*SUBJECTS, "serve"], help="what to measure")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="a folder, a .gguf file or a hub id ('nano'); for serve, the name that the server knows",
+    )  # fmt: skip
+    engine = parser.add_argument_group("decode, prefill and mtp: the engine in this process")
+    engine.add_argument(
+        "--format", metavar="F", help="pack the weights: bf16, fp8, int8, int4, int4_g128, ..."
+    )
+    engine.add_argument("--threads", type=int, metavar="N", help="(torch's own choice)")
+    engine.add_argument("--context", type=int, default=2048, metavar="N", help="prompt tokens (%(default)s)")
+    engine.add_argument("--streams", type=int, default=1, metavar="N", help="requests at once (%(default)s)")
+    engine.add_argument("--tokens", type=int, default=128, metavar="N", help="to generate (%(default)s)")
+    engine.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (%(default)s)")
+    engine.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="for mtp, instead of the built-in ones"
+    )
+    server = parser.add_argument_group("serve: load on a server with the OpenAI API")
+    server.add_argument("--base-url", default="http://127.0.0.1:8000/v1", metavar="URL", help="(%(default)s)")
+    server.add_argument("--api-key", metavar="KEY")
+    server.add_argument(
+        "--rate", type=float, default=2.0, metavar="R", help="requests a second (%(default)g)"
+    )
+    server.add_argument("--requests", type=int, default=32, metavar="N", help="(%(default)s)")
+    server.add_argument("--input-words", type=int, default=128, metavar="N", help="(%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print; 1 if every request to a server failed."""
+    for name in ("context", "streams", "tokens", "runs"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {options.threads}")
+    report = _serve(options) if options.subject == "serve" else _engine(options)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+    return 1 if report.get("num_failed", 0) == report.get("num_requests", -1) else 0
+
+
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    """Load, measure the bandwidth, measure the subject, measure the bandwidth again."""
+    import torch
+
+    from stepflash.engine.llm import LLM
+    from stepflash.kernels import build, ops
+    from stepflash.tools.bench_measure import peak_rss_bytes
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model = options.model or DEFAULT_MODEL
+    is_mtp = options.subject == "mtp"
+    llm = LLM(
+        model,
+        quantization=options.format,
+        max_num_seqs=options.streams,
+        max_model_len=None if is_mtp else max(options.context, SHORT_CONTEXT) + options.tokens + 1,
+        max_draft_depth=3 if is_mtp else 0,
+        # Decode meets the same prompt in every run and need not read it again; prefill must.
+        prefix_caching=options.subject == "decode",
+    )
+    before = ops.measure_bandwidth()
+    measured = SUBJECTS[options.subject](llm, options, before)
+    return {
+        "subject": options.subject,
+        "model": model,
+        "format": options.format or f"{llm.model.model.embed_tokens.weight.dtype} unpacked",
+        "threads": torch.get_num_threads(),
+        "kernels": build.loaded_isa() or "reference",
+        "bandwidth": before,
+        "bandwidth_after": ops.measure_bandwidth(),
+        **measured,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _decode(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """After a short prompt and after `--context` tokens, against the bytes that a step reads."""
+    from stepflash.tools.bench_measure import decode_rates, step_bytes
+
+    rows = []
+    for context in sorted({SHORT_CONTEXT, options.context}):
+        rates = decode_rates(llm, context, options.tokens, options.streams, options.runs)
+        middle = context + options.tokens // 2
+        needed = step_bytes(llm.model, middle, options.streams, llm.core.cache.limits.dtype.itemsize)
+        ceiling = bandwidth / needed.total * options.streams
+        rows.append(
+            {
+                "context": context,
+                "streams": options.streams,
+                **_rates(rates),
+                "bytes_per_step": round(needed.total),
+                "bytes_per_token": round(needed.total / options.streams),
+                "kv_bytes_per_step": needed.kv,
+                "bytes_per_second": needed.total * rates.median / options.streams,
+                "ceiling_tokens_per_second": ceiling,
+                "fraction_of_ceiling": rates.median / ceiling,
+            }
+        )
+    return {"results": rows}
+
+
+def _prefill(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """`--context` tokens in each of `--streams` prompts; compute-bound, so operations are counted."""
+    from stepflash.model.cost import flops_per_token
+    from stepflash.tools.bench_measure import prefill_rates
+
+    rates = prefill_rates(llm, options.context, options.streams, options.runs)
+    flops = flops_per_token(llm.model.config, options.context // 2)
+    row = {
+        "context": options.context,
+        "streams": options.streams,
+        **_rates(rates),
+        "flops_per_second": flops * rates.median,
+    }
+    return {"results": [row]}
+
+
+def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """The same prompts without drafts, with three, and adapting; answers must not depend on it."""
+    from stepflash.tools.bench_measure import random_prompts, speculation_rates
+
+    if not llm.core.num_modules:
+        raise ConfigError(f"{options.model or DEFAULT_MODEL} has no prediction modules; mtp needs them")
+    prompts: Sequence[Sequence[int]]
+    if llm.chat_template is not None and llm.tokenizer is not None:
+        template, tokenizer = llm.chat_template, llm.tokenizer
+        texts = options.prompt or PROMPTS
+        prompts = [
+            tokenizer.encode(template.render([{"role": "user", "content": text}]).text) for text in texts
+        ]
+    else:
+        prompts = random_prompts(llm.core.sampler.vocab_limit, SHORT_CONTEXT, len(PROMPTS))
+    found, is_identical = speculation_rates(llm, prompts, DEPTHS, options.tokens, options.runs)
+    plain = found[0].rates.median
+    rows = [
+        {
+            "draft_depth": "adaptive" if one.draft_depth is None else one.draft_depth,
+            **_rates(one.rates),
+            "ratio": one.rates.median / plain,
+            "acceptance": list(one.acceptance),
+            "tokens_per_step": one.tokens_per_step,
+        }
+        for one in found
+    ]
+    return {"results": rows, "answers_identical": is_identical}
+
+
+def _serve(options: argparse.Namespace) -> dict[str, Any]:
+    import asyncio
+
+    from stepflash.tools.bench_serve import Load, run_load
+
+    load = Load(
+        rate=options.rate,
+        num_requests=options.requests,
+        input_words=options.input_words,
+        max_tokens=options.tokens,
+    )
+    report = asyncio.run(run_load(options.base_url, load, model=options.model, api_key=options.api_key))
+    return {"subject": "serve", "base_url": options.base_url, "rate": options.rate, **report.to_json()}
+
+
+SUBJECTS: dict[str, Callable[[LLM, argparse.Namespace, float], dict[str, Any]]] = {
+    "decode": _decode,
+    "prefill": _prefill,
+    "mtp": _mtp,
+}
+
+
+def _rates(rates: Samples) -> dict[str, Any]:
+    return {"tokens_per_second": rates.median, "samples": [round(value, 2) for value in rates.values]}
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    """The report as a table of what was measured and a line about the machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if report["subject"] == "serve":
+        rows = _serve_rows(report)
+        title = f"{report['base_url']} at {report['rate']:g} requests a second"
+    else:
+        rows = [_row(row) for row in report["results"]]
+        title = f"{report['subject']}: {report['model']}, {report['format']}, {report['threads']} threads"
+    console.print(title, style="bold")
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    if report["subject"] == "serve":
+        console.print(
+            f"{report['num_requests'] - report['num_failed']} of {report['num_requests']} answered; "
+            f"{report['output_rate']:.1f} tok/s out, {report['prompt_rate']:.1f} tok/s in"
+        )
+        for error in report["errors"]:
+            console.print(error, style="red", markup=False)
+        return
+    if not report.get("answers_identical", True):
+        console.print("answers differ between depths", style="red")
+    low, high = sorted((report["bandwidth"] / 1e9, report["bandwidth_after"] / 1e9))
+    console.print(
+        f"{report['kernels']} kernels; memory reads {low:.1f} to {high:.1f} GB/s; "
+        f"peak memory {report['peak_rss_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    """One result as texts, with the columns that its subject has."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "draft_depth": ("depth", str),
+        "context": ("context", str),
+        "streams": ("streams", str),
+        "tokens_per_second": ("tok/s", "{:.1f}".format),
+        "ratio": ("ratio", "{:.2f}".format),
+        "acceptance": ("accepted", lambda values: _join(f"{value:.0%}" for value in values)),
+        "tokens_per_step": ("tokens a step", "{:.2f}".format),
+        "bytes_per_token": ("MB a token", lambda value: f"{value / 1e6:.1f}"),
+        "bytes_per_second": ("GB/s", lambda value: f"{value / 1e9:.1f}"),
+        "fraction_of_ceiling": ("of ceiling", "{:.2f}".format),
+        "flops_per_second": ("GFLOP/s", lambda value: f"{value / 1e9:.0f}"),
+    }
+    return {title: show(row[key]) for key, (title, show) in shown.items() if key in row}
+
+
+def _serve_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    names = {"time_to_first_token": "first token", "time_per_token": "per token", "latency": "whole answer"}
+    return [
+        {"time": title}
+        | {p: f"{report[key][p] * 1000:.0f} ms" if p in report[key] else "-" for p in ("p50", "p90", "p99")}
+        for key, title in names.items()
+    ]
+
+
+def _join(values: Iterable[str]) -> str:
+    return " ".join(values) or "-"
