@@ -6,7 +6,8 @@ pre-tokenizer; its regular expressions are knowledge that every reader must brin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tokenizers
@@ -14,7 +15,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from stepflash.errors import ConfigError
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # values of tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
+HUGGING_FACE_JSON = (
+    "tokenizer.huggingface.json"  # a whole tokenizer.json; rare, but files of stepflash have it
+)
 
 _WHITESPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -40,11 +44,15 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 def backend_from_gguf(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tokenizer:
     """Build the byte-level BPE that `tokenizer.ggml.*` describes; `source` names the file in errors.
 
-    Tokens of type "unused" are padding rows of the embedding and get no entry.
+    Tokens of type "unused" are padding rows of the embedding and get no entry. A tokenizer.json in the metadata
+    says more than the rest and is taken instead.
 
     Raises:
         ConfigError: the metadata lacks a tokenizer, or has one of another kind.
     """
+    whole = metadata.get(HUGGING_FACE_JSON)
+    if isinstance(whole, str):
+        return _backend_from_json(whole, source)
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ConfigError(
@@ -62,30 +70,47 @@ def backend_from_gguf(metadata: Mapping[str, Any], *, source: str) -> tokenizers
             f"{source}: tokenizer.ggml.tokens or tokenizer.ggml.merges is missing; convert it again"
         )
     types = metadata.get("tokenizer.ggml.token_type")
-    types = [1] * len(tokens) if types is None else [int(value) for value in types]
+    types = [NORMAL] * len(tokens) if types is None else [int(value) for value in types]
     if len(types) != len(tokens):
         raise ConfigError(f"{source}: {len(types)} token types for {len(tokens)} tokens; convert it again")
 
-    vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED}
+    vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     except Exception as error:  # the library raises bare Exception: a merge of tokens that do not exist
         raise ConfigError(f"{source}: vocabulary and merges do not fit together ({error})") from error
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = split_sequence(PRE_TOKENIZERS[name])
     backend.decoder = decoders.ByteLevel()
-    for kind in (_CONTROL, _USER_DEFINED):
+    for kind in (CONTROL, USER_DEFINED):
         backend.add_tokens(
             [
-                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                AddedToken(token, special=kind == CONTROL, normalized=False)
                 for token, token_type in zip(tokens, types, strict=True)
                 if token_type == kind
             ]
+        )
+    return backend
+
+
+def split_sequence(patterns: Iterable[str]) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that cuts by these patterns, one after the other, and maps bytes to characters."""
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for every malformed description
+        raise ConfigError(f"{source}: {HUGGING_FACE_JSON} is damaged ({error}); convert it again") from error
+    if '"ByteLevel"' not in json.dumps(json.loads(text).get("decoder")):
+        raise ConfigError(
+            f"{source}: {HUGGING_FACE_JSON} is not a byte-level tokenizer, the only kind supported"
         )
     return backend
 
@@ -94,4 +119,5 @@ def special_ids_from_gguf(metadata: Mapping[str, Any]) -> tuple[int | None, list
     """The bos id, or None, and the ids that end a turn or a text."""
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos += metadata.get("stepflash.eos_token_ids", [])
     return (None if bos is None else int(bos)), [int(token_id) for token_id in eos if token_id is not None]

@@ -68,6 +68,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
         environment = _environment()
+        self.sources = dict(templates)
         self._templates = {}
         for name, text in templates.items():
             try:

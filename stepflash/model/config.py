@@ -452,6 +452,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
             "rope.scaling.original_context_length", default=released.original_max_position_embeddings
         ),
     )
+    unscaled = scaling.factor == 1.0
     num_dense = read.integer("leading_dense_block_count", default=0, minimum=0)
     routed = _limits(read, "swiglu_clamp_exp", num_layers, num_mtp_layers)
     shared = _limits(read, "swiglu_clamp_shexp", num_layers, num_mtp_layers)
@@ -474,7 +475,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
                 rope=RopeConfig(
                     theta=theta[slides],
                     rotary_dim=head_dim if slides else head_dim // 2,
-                    scaling=None if slides else scaling,
+                    scaling=None if slides or unscaled else scaling,
                 ),
                 is_moe=num_dense <= i < num_layers,
                 swiglu_limit=routed[i],
@@ -483,6 +484,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
+    eos_ids = metadata.get("stepflash.eos_token_ids", [] if eos is None else [eos])  # ours keep all of them
     return ModelConfig(
         vocab_size=read.integer("vocab_size", default=len(tokens) if tokens else None),
         hidden_size=read.integer("embedding_length"),
@@ -500,5 +502,5 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=read.number("attention.layer_norm_rms_epsilon", DEFAULT_EPS),
         max_position_embeddings=read.integer("context_length"),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=() if eos is None else (int(eos),),
+        eos_token_ids=tuple(int(token_id) for token_id in eos_ids),
     )

@@ -16,7 +16,7 @@ from stepflash.errors import WeightsError
 from stepflash.gguf_file import GGML_TYPES, GGUFFile, GGUFTensor
 from stepflash.model.config import ModelConfig
 from stepflash.weights.dequantize import DEQUANTIZERS, PLAIN_DTYPES, dequantize
-from stepflash.weights.names import ROPE_FREQS, expected, is_norm
+from stepflash.weights.names import EXACT_NORM, ROPE_FREQS, expected, is_norm
 from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
 
 
@@ -41,7 +41,8 @@ def read_tensors(gguf: GGUFFile, config: ModelConfig) -> GGUFTensors:
     unexpected = []
     rope_freqs = None
     for tensor in _without_fused(gguf, config):
-        stored = _stored(released.get(tensor.name, tensor.name), tensor, files[tensor.path])
+        exact = gguf.metadata.get(EXACT_NORM + tensor.name)
+        stored = _stored(released.get(tensor.name, tensor.name), tensor, files[tensor.path], exact)
         if tensor.name == ROPE_FREQS:
             rope_freqs = stored
         elif tensor.name in released:
@@ -51,7 +52,7 @@ def read_tensors(gguf: GGUFFile, config: ModelConfig) -> GGUFTensors:
     return GGUFTensors(tensors, unexpected, rope_freqs)
 
 
-def _stored(released: str, tensor: GGUFTensor, file: TensorFile) -> StoredTensor:
+def _stored(released: str, tensor: GGUFTensor, file: TensorFile, exact: object) -> StoredTensor:
     name = tensor.type_name
     plain = PLAIN_DTYPES.get(name)
     if plain is None and name not in DEQUANTIZERS:
@@ -62,7 +63,10 @@ def _stored(released: str, tensor: GGUFTensor, file: TensorFile) -> StoredTensor
         )
     # The released norm is w = stored - 1. Both come from a bf16 w, for which 1 + w and back is exact in float32
     # down to |w| = 2^-16; norms are float32 in the network, so nothing is rounded again.
+    # Where that is not enough, files written by stepflash carry w itself in their metadata.
     minus = 1.0 if is_norm(tensor.name) else 0.0
+    if exact is not None and minus:
+        return _exact_norm(released, tensor, exact)
     shape = tensor.shape[::-1]
     view = None
     if plain is not None and not minus and tensor.offset % plain.itemsize == 0:
@@ -76,6 +80,22 @@ def _stored(released: str, tensor: GGUFTensor, file: TensorFile) -> StoredTensor
         values=partial(_values, file, tensor, minus),
         view=view,
         view_dtype=plain if view else None,
+    )
+
+
+def _exact_norm(released: str, tensor: GGUFTensor, exact: object) -> StoredTensor:
+    """A norm whose weights are in the metadata."""
+    if not isinstance(exact, list) or len(exact) != tensor.num_elements or not isinstance(exact[0], float):
+        raise WeightsError(
+            f"{tensor.path}: {EXACT_NORM}{tensor.name} must list {tensor.num_elements} floats; convert it again"
+        )
+    return StoredTensor(
+        name=released,
+        shape=tensor.shape[::-1],
+        dtype_name=tensor.type_name,
+        num_bytes=tensor.num_bytes,
+        origin=f"{tensor.name} in {tensor.path.name}",
+        values=lambda: iter([torch.tensor(exact, dtype=torch.float32)]),
     )
 
 

@@ -62,6 +62,7 @@ MTP = (
 )
 
 ROPE_FREQS = "rope_freqs.weight"  # in GGUF only: divisors of the rotary frequencies of full-attention layers
+EXACT_NORM = "stepflash.norm."  # + GGUF name: metadata with the norm weights that 1 + w would round
 SCALE_SUFFIX = "_scale_inv"  # FP8: `X.weight` has its block scales in `X.weight_scale_inv`
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
