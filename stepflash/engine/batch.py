@@ -57,37 +57,42 @@ def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenB
     if len(spans) == 1:
         # Single-stream decoding runs this up to four times per step: nothing but slices.
         (span,) = spans
-        row, end = span.blocks.row, span.start + len(span.token_ids)
+        num_tokens = len(span.token_ids)
+        row, end = span.blocks.row, span.start + num_tokens
+        token_rows: int | Array = row
         slots = np.arange(span.start, end)
-        index, offset = slots // size, slots % size
-        mappings = [table[row, index] * np.int64(size) + offset for table in cache.tables]
-        tables = [table[row : row + 1, : -(-end // size)] for table in cache.tables]
-        token_ids: Sequence[int] = span.token_ids
-        bounds = np.array([0, len(token_ids)], dtype=np.int32)
+        flat: Sequence[int] = span.token_ids
+        bounds = np.array([0, num_tokens], dtype=np.int32)
         context_lens = np.array([end], dtype=np.int32)
+        tables = [table[row : row + 1, : -(-end // size)] for table in cache.tables]
     else:
         rows = np.array([span.blocks.row for span in spans])
         starts = np.array([span.start for span in spans])
         counts = np.array([len(span.token_ids) for span in spans])
         bounds = np.zeros(len(spans) + 1, dtype=np.int32)
         np.cumsum(counts, out=bounds[1:])
-        slots = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
         token_rows = np.repeat(rows, counts)
-        index, offset = slots // size, slots % size
-        mappings = [table[token_rows, index] * np.int64(size) + offset for table in cache.tables]
+        slots = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
+        flat = [token_id for span in spans for token_id in span.token_ids]
         context_lens = (starts + counts).astype(np.int32)
-        num_blocks = -(-int(context_lens.max()) // size)
-        tables = [table[rows, :num_blocks] for table in cache.tables]
-        token_ids = [token_id for span in spans for token_id in span.token_ids]
+        tables = [table[rows, : -(-int(context_lens.max()) // size)] for table in cache.tables]
+    index, offset = slots // size, slots % size
+    # One transfer for everything per token.
+    packed = np.empty((4, len(flat)), dtype=np.int64)
+    packed[0] = flat
+    packed[1] = slots - shift
+    for group, table in enumerate(cache.tables):
+        packed[2 + group] = table[token_rows, index] * np.int64(size) + offset
 
     def to_device(array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if cache.device.type == "cpu" else tensor.to(cache.device)
 
+    input_ids, positions, full_slots, sliding_slots = to_device(packed).unbind(0)
     return TokenBatch(
-        input_ids=to_device(np.array(token_ids, dtype=np.int64)),
-        positions=to_device(slots - shift if shift else slots),
-        slot_mapping=(to_device(mappings[0]), to_device(mappings[1])),
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=(full_slots, sliding_slots),
         block_tables=(to_device(tables[0]), to_device(tables[1])),
         cu_seqlens=to_device(bounds),
         context_lens=to_device(context_lens),

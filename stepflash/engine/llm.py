@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Prompts given to the core at once: enough to fill any batch, few enough to stay cheap to order.
 FEED_AHEAD = 256
+KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,9 +60,10 @@ class LLM:
         model: "nano", a folder, a .gguf file, a hub id, or a network that is already there.
         dtype: of the weights; "bfloat16" or "float32". Ignored for a network.
         quantization: a weight format to pack the weights in for the native kernels: "bf16", "fp8", "int8",
-            "int4" and others, see `stepflash.weights.quantized`.
+            "int4" and others, "stored" or "plain", see `load_model`. None is "stored" where the checkpoint has
+            weights in a quantised format that the kernels read (it then takes no more memory than on disk).
         tokenizer, chat_template: instead of the checkpoint's own.
-        kv_dtype: of the KV cache; None is the weights'.
+        kv_dtype: of the KV cache, "int8" for instance; None is the weights'.
         others: see `EngineConfig`.
     Raises:
         WeightsError, ConfigError: the checkpoint or a setting cannot be used.
@@ -76,7 +78,7 @@ class LLM:
         device: str = "cpu",
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: str | torch.dtype | None = None,
         seed: int | None = None,
         **engine_options: Any,
     ) -> None:
@@ -97,6 +99,10 @@ class LLM:
         if tokenizer is not None:
             engine_options.setdefault("vocab_limit", tokenizer.vocab_size)
             engine_options.setdefault("eos_token_ids", tuple(sorted(tokenizer.eos_token_ids)))
+        if isinstance(kv_dtype, str):
+            if kv_dtype not in KV_DTYPES:
+                raise ConfigError(f"kv_dtype is {kv_dtype!r}; it must be one of {', '.join(KV_DTYPES)}")
+            kv_dtype = KV_DTYPES[kv_dtype]
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -293,16 +299,15 @@ class _Answer:
 def _load(
     model: str | Path, dtype: str | torch.dtype, quantization: str | None, device: str
 ) -> tuple[Path, Step3p5ForCausalLM]:
+    from stepflash.weights.checkpoint import open_checkpoint, stores_blocks
     from stepflash.weights.hub import resolve_model
     from stepflash.weights.load import load_model
+    from stepflash.weights.packed import STORED
 
     path = resolve_model(model)
-    loaded = load_model(path, dtype=dtype, device=device)
-    if quantization is None:
-        return path, loaded
-    from stepflash.weights.quantized import quantize_model
-
-    return path, quantize_model(loaded, quantization)
+    if quantization is None and torch.device(device).type == "cpu" and stores_blocks(open_checkpoint(path)):
+        quantization = STORED
+    return path, load_model(path, dtype=dtype, device=device, quantization=quantization)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

@@ -21,6 +21,8 @@ from stepflash.engine.request import SamplingParams, TokenLogprob
 
 NUCLEUS_GUESS = 1024
 KEPT_POSITIONS = 8
+# Dividing by less could overflow, and would choose the same token.
+GREEDY_BELOW = 1e-5
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -111,7 +113,7 @@ class Sampler:
             logits = logits.clone()
             for i in changed:
                 _apply(logits[i], rows[i])
-        sampled = [i for i, row in enumerate(rows) if row.state.params.temperature > 0.0]
+        sampled = [i for i, row in enumerate(rows) if row.state.params.temperature >= GREEDY_BELOW]
         if not sampled:
             best, chosen = logits.max(dim=-1)
         else:

@@ -29,6 +29,9 @@ from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.model.transformer import Step3p5ForCausalLM
 
+# Of so few rows a view is kept rather than a copy.
+MAX_VIEWED_ROWS = 8
+
 
 class Walk:
     """Leads a constraint along tokens that may turn out wrong, and back to where it was at the end."""
@@ -192,7 +195,8 @@ def _run_module(
             batch.positions,
             PagedAttention(cache, batch),
         )
-        outputs = list(torch.split(hidden_states, [work.num_tokens for work in active]))
+        counts = [work.num_tokens for work in active]
+        outputs = [hidden_states] if len(counts) == 1 else list(torch.split(hidden_states, counts))
         _draft(model, sampler, active, outputs, module)
     after = dict(zip(map(id, active), outputs, strict=True))
     for work in works:
@@ -209,7 +213,8 @@ def _draft(
     drafting = [(work, out) for work, out in zip(active, outputs, strict=True) if work.depth >= module]
     if not drafting:
         return
-    logits = model.mtp_compute_logits(module, torch.cat([out[-1:] for _, out in drafting]))
+    last = [out[-1:] for _, out in drafting]
+    logits = model.mtp_compute_logits(module, last[0] if len(last) == 1 else torch.cat(last))
     rows = [
         Row(
             work.job.seq.sampler,
@@ -235,7 +240,10 @@ def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:
     if work.rows is None:
         return None
     rows = work.rows[end - start : work.available - (start - 1)]
-    return rows.clone() if rows.shape[0] else None
+    if not rows.shape[0]:
+        return None
+    # A view would keep the states of a whole prompt chunk alive.
+    return rows.clone() if work.rows.shape[0] > MAX_VIEWED_ROWS else rows
 
 
 def _keep_carries(work: _Work, block_size: int) -> None:

@@ -52,6 +52,8 @@ def test_the_released_model_takes_the_bytes_of_its_specification() -> None:
     held = sliding_blocks_per_sequence(RELEASED, limits()) * 16
     assert 512 <= held <= 512 + 3 * 16 + LOOKAHEAD_SLOTS
     assert block_bytes(RELEASED, limits(num_modules=0))[1] == 16 * 33 * 4 * 1024
+    # int8: a byte per value and a float32 scale per head for each of key and value.
+    assert block_bytes(RELEASED, limits(dtype=torch.int8))[0] == 16 * 12 * 2 * 8 * (128 + 4)
 
 
 def test_the_plan_uses_the_budget_and_not_more() -> None:

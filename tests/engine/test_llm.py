@@ -112,6 +112,8 @@ def test_wrong_input_is_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate(["a", "b"], [SamplingParams()])
     with pytest.raises(ConfigError, match="unknown option 'max_seqs'"):
         LLM(llm.model, max_seqs=3)
+    with pytest.raises(ConfigError, match="kv_dtype is 'fp8'"):
+        LLM(llm.model, kv_dtype="fp8")
     with pytest.raises(ConfigError, match="no tokenizer"):
         LLM(llm.model, **SHORT).generate("text")
     assert not llm.core.has_work
