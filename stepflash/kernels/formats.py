@@ -59,11 +59,13 @@ class Format(IntEnum):
 def parse_format(name: str, k: int) -> Format:
     """`bf16`, `fp8`, `int8`, `int4`, `int8_g64`, `int4_g128`, `q4_k`, ... for rows of k weights.
 
-    `int8` takes the largest group that k fills without padding; `int4` is group 32 (4.5 bits a weight).
+    `int8` takes the largest group that k fills without padding; `int4` is group 32 (4.5 bits a weight). `-` reads
+    as `_`.
 
     Raises:
         ValueError: unknown name.
     """
+    name = name.replace("-", "_")
     if name == "int8":
         return next(
             f

@@ -111,6 +111,19 @@ def _open_folder(path: Path) -> Checkpoint:
     )
 
 
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """True for the output of `stepflash quantize`: a folder with weights that only stepflash can read."""
+    return checkpoint.kind == "safetensors" and any(
+        tensor.packed is not None and tensor.dtype_name == tensor.packed.fmt.name
+        for tensor in checkpoint.tensors.values()
+    )
+
+
+def stores_blocks(checkpoint: Checkpoint) -> bool:
+    """True if some weights are stored in a quantised format that the kernels read as it is."""
+    return any(tensor.packed is not None for tensor in checkpoint.tensors.values())
+
+
 def compare(checkpoint: Checkpoint, config: ModelConfig) -> Comparison:
     """Missing, unexpected and misshapen tensors for `config`, which may have fewer MTP modules than the file."""
     expected = expected_tensors(config)

@@ -5,6 +5,7 @@ layers, so that no more than the result and a few MiB exist at any time. Nothing
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,17 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from stepflash.errors import WeightsError
+from stepflash.errors import ConfigError, WeightsError
 from stepflash.model.config import ModelConfig
 from stepflash.model.rope import inverse_frequencies
 from stepflash.model.transformer import Step3p5ForCausalLM
-from stepflash.weights.checkpoint import Checkpoint, compare, open_checkpoint, select_mtp
+from stepflash.weights.checkpoint import Checkpoint, compare, is_packed, open_checkpoint, select_mtp
 from stepflash.weights.gguf import rotary_divisors
 from stepflash.weights.hub import resolve_model
 from stepflash.weights.names import expected_tensors, keeps_float32
+from stepflash.weights.packed import PLAIN, STORED, StoredPacker, is_packable
+from stepflash.weights.quantized import DEFAULT_PROTECT, pack_network
+from stepflash.weights.receipt import checked_receipt
 from stepflash.weights.stored import StoredTensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -43,11 +47,13 @@ def load_model(
     progress: bool = True,
     revision: str | None = None,
     memory_map: bool = True,
+    quantization: str | None = None,
+    protect: Mapping[str, str] | None = None,
 ) -> Step3p5ForCausalLM:
     """Load a model of this architecture.
 
     Norms and router are float32 whatever `dtype` is (they decide more than their size); everything else has
-    `dtype`. FP8 and GGUF weights are decoded.
+    `dtype`. FP8 and GGUF weights are decoded, unless `quantization` says otherwise.
 
     Args:
         path: a folder, a .gguf file, a hub id or "nano"; see `resolve_model`.
@@ -59,10 +65,16 @@ def load_model(
         revision: of a hub id.
         memory_map: on the CPU, let tensors that are already stored in `dtype` be the mapped file itself: the
             load is instant and processes share the memory. The file must then not be changed in place while
-            the model lives (replacing it is fine). False copies everything.
+            the model lives (replacing it is fine). False copies everything. Packed weights are always copied,
+            into huge pages, from which they stream faster.
+        quantization: a weight format ("int8", "int4_g64", "fp8", "bf16", ...; `formats.parse_format`) to pack
+            the matrices in for the CPU kernels, one at a time; "stored" packs each as the checkpoint has it
+            (FP8, Q8_0, Q4_K and Q6_K grow by nothing); "plain" decodes everything into a network that can also
+            be trained. None is "stored" for a checkpoint of `stepflash quantize` and "plain" for all others.
+        protect: patterns of released names to formats, see `quantize_model`; None keeps the head gates in bf16.
     Raises:
-        WeightsError: anything absent, damaged, left over or of a wrong shape.
-        ConfigError: the configuration is wrong or not supported.
+        WeightsError: anything absent, damaged, left over, of a wrong shape, or not what its receipt says.
+        ConfigError: the configuration or the quantisation is wrong or not supported.
     """
     target = _dtype(dtype)
     if rope_freqs not in ("recompute", "file"):
@@ -73,15 +85,39 @@ def load_model(
     if not comparison.fits:
         raise WeightsError(f"{checkpoint.path}: does not fit its configuration: {comparison.describe()}")
 
+    receipt = checked_receipt(checkpoint)
+    if quantization is None:
+        quantization = STORED if is_packed(checkpoint) else PLAIN
+    if quantization != PLAIN and torch.device(device).type != "cpu":
+        raise ConfigError(f'weights are packed for the CPU; on {device} load with quantization="{PLAIN}"')
+
     model = empty_model(config)
     names = list(expected_tensors(config))
+    if quantization != PLAIN:
+        names = [name for name in names if not is_packable(name)]
     with _progress_bar(progress) as bar:
-        task = bar.add_task("loading", total=sum(checkpoint.tensors[name].num_bytes for name in names))
+        task = bar.add_task(
+            "loading", total=sum(checkpoint.tensors[name].num_bytes for name in expected_tensors(config))
+        )
         for name in names:
             stored = checkpoint.tensors[name]
+            if receipt is not None:
+                receipt.check(stored)
             wanted = torch.float32 if keeps_float32(name) else target
             put(model, name, materialize(stored, wanted, device, memory_map))
             bar.advance(task, stored.num_bytes)
+        if quantization != PLAIN:
+            rules = DEFAULT_PROTECT if protect is None and quantization != STORED else protect or {}
+            packer = StoredPacker(
+                checkpoint.tensors,
+                quantization,
+                rules,
+                on_pieces=receipt.checked if receipt is not None else None,
+                on_done=lambda stored: bar.advance(task, stored.num_bytes),
+            )
+            pack_network(model, packer)
+            if protect is not None:
+                packer.refuse_unused()
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not unfilled, f"names.py and the network disagree: {unfilled}"
     if rope_freqs == "file":

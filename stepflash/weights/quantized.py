@@ -35,15 +35,27 @@ class PackedWeight(nn.Module):
     packed: Tensor
 
     def __init__(self, weight: Tensor, fmt: Format) -> None:
+        matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        self._fill(tuple(weight.shape), fmt, (quantize(matrix, fmt) for matrix in matrices))
+
+    @classmethod
+    def from_pieces(cls, shape: tuple[int, ...], fmt: Format, pieces: Iterable[Tensor]) -> PackedWeight:
+        """From the packed bytes of all matrices in order, uint8 in pieces of any size."""
+        weight = cls.__new__(cls)
+        weight._fill(shape, fmt, pieces)
+        return weight
+
+    def _fill(self, shape: tuple[int, ...], fmt: Format, pieces: Iterable[Tensor]) -> None:
         super().__init__()
         self.fmt = fmt
-        self.shape = tuple(weight.shape)
-        size = packed_bytes(fmt, *weight.shape[-2:])
-        stacked = weight.dim() == 3
-        packed = ops.advise_huge_pages(torch.empty((*weight.shape[:-2], size), dtype=torch.uint8))
-        for index in range(weight.shape[0] if stacked else 1):
-            target = packed[index] if stacked else packed
-            target.copy_(quantize(weight[index] if stacked else weight, fmt))
+        self.shape = shape
+        size = (*shape[:-2], packed_bytes(fmt, *shape[-2:]))
+        packed = ops.advise_huge_pages(torch.empty(size, dtype=torch.uint8))
+        flat, done = packed.view(-1), 0
+        for piece in pieces:
+            flat[done : done + piece.numel()].copy_(piece.view(-1))
+            done += piece.numel()
+        assert done == flat.numel(), f"{done} packed bytes for {size}"
         self.register_buffer("packed", packed)
 
     @property
@@ -69,6 +81,11 @@ class Packer:
                 self.unused.discard(pattern)
                 return format_name
         return self.default
+
+    def refuse_unused(self) -> None:
+        """Raise ConfigError if a pattern matched nothing: most likely a typing mistake."""
+        if self.unused:
+            raise ConfigError(f"protect has patterns that match no weight: {', '.join(sorted(self.unused))}")
 
     def pack(self, name: str, weight: Tensor) -> PackedWeight:
         try:
@@ -274,6 +291,14 @@ def quantize_model(
         ConfigError: an unknown format, a pattern that matches nothing, or a weight that cannot be packed.
     """
     packer = Packer(format_name, DEFAULT_PROTECT if protect is None else protect)
+    pack_network(model, packer)
+    if protect is not None:
+        packer.refuse_unused()
+    return model
+
+
+def pack_network(model: Step3p5ForCausalLM, packer: Packer) -> None:
+    """Swap layers and heads one by one for versions over the weights that `packer` makes."""
     layers = model.model.layers
     for index, layer in enumerate(layers):
         prefix = f"model.layers.{index}"
@@ -282,9 +307,7 @@ def quantize_model(
     head = packer.pack("lm_head.weight", model.lm_head.weight)
     model.lm_head = QuantLinear(head, torch.float32)  # type: ignore[assignment]
     model.model.norm = FusedNorm(model.model.norm)  # type: ignore[assignment]
-    if packer.unused and protect is not None:
-        raise ConfigError(f"protect has patterns that match no weight: {', '.join(sorted(packer.unused))}")
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
 
 
 def packed_weight_bytes(model: nn.Module) -> int:

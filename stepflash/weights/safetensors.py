@@ -3,7 +3,7 @@
 The header parser is our own because the file is not trusted: lengths are compared with the file's size before
 anything is allocated, and every byte of the data must belong to exactly one tensor. A weight is FP8 if and only
 if its dtype says so; its block scales then lie in the sibling `..._scale_inv` (spec 5.3). Experts may be stacked,
-as released, or split one by one.
+as released, or split one by one. Weights packed by `stepflash quantize` are described in `packed.py`.
 """
 
 import itertools
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from stepflash.errors import WeightsError
+from stepflash.kernels.formats import Format
 from stepflash.weights.names import SCALE_SUFFIX, VISION_PREFIXES, Shape, released_name, scale_shape
+from stepflash.weights.packed import QUANT_METHOD, packed_tensors, released_of, stored_packed
 from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -72,22 +74,28 @@ def read_folder(folder: Path, raw_config: Mapping[str, Any]) -> SafetensorsFolde
             unsupported storage format, experts missing from a split checkpoint.
     """
     block = fp8_block(folder, raw_config)
+    packed = _packed_tensors(folder, raw_config)
     entries = read_entries(folder)
     vision = sorted(name for name in entries if name.startswith(VISION_PREFIXES))
     groups: dict[str, dict[int | None, Entry]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in entries.items():
-        if not name.startswith(VISION_PREFIXES):
+        if name in packed:
+            stored = _stored_packed(entry, *packed[name])
+            tensors[stored.name] = stored
+        elif not name.startswith(VISION_PREFIXES):
             released, expert = released_name(name)
             parts = groups.setdefault(released, {})
             if expert in parts:
                 raise WeightsError(f"{folder}: {name} and {parts[expert].name} are the same parameter")
             parts[expert] = entry
 
-    tensors: dict[str, StoredTensor] = {}
     used_scales: set[str] = set()
     for released, parts in groups.items():
         if released.endswith(SCALE_SUFFIX):
             continue
+        if released in tensors:
+            raise WeightsError(f"{folder}: {released} is there both packed and as floats")
         scales = groups.get(released + SCALE_SUFFIX, {})
         pieces = []
         for expert, entry in _in_order(folder, released, parts):
@@ -105,19 +113,25 @@ def read_folder(folder: Path, raw_config: Mapping[str, Any]) -> SafetensorsFolde
     return SafetensorsFolder(tensors, vision, unexpected)
 
 
-def fp8_block(folder: Path, raw_config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share one scale. Refuses quantisation methods other than block FP8."""
+def _quantization(raw_config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`quantization_config` and its method, of the text model or of what wraps it."""
     inner = raw_config.get("text_config")
     quantization = raw_config.get("quantization_config")
     if quantization is None and isinstance(inner, Mapping):
         quantization = inner.get("quantization_config")
-    if quantization is None:
-        return 128, 128
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    return quantization, method
+
+
+def fp8_block(folder: Path, raw_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share one scale. Refuses quantisation methods other than block FP8 and our own."""
+    quantization, method = _quantization(raw_config)
+    if quantization is None or method == QUANT_METHOD:
+        return 128, 128
     if method != "fp8":
         raise WeightsError(
             f"{folder}: quantised with {method!r}; stepflash reads bf16, fp16, fp32 and fp8 (128 x 128 blocks) "
-            "safetensors, and GGUF"
+            "safetensors, its own packed ones, and GGUF"
         )
     block = quantization.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
@@ -125,6 +139,17 @@ def fp8_block(folder: Path, raw_config: Mapping[str, Any]) -> tuple[int, int]:
             f"{folder}: quantization_config.weight_block_size is {block!r}, not two positive integers"
         )
     return block[0], block[1]
+
+
+def _packed_tensors(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, tuple[Format, Shape]]:
+    quantization, method = _quantization(raw_config)
+    return packed_tensors(folder, quantization) if method == QUANT_METHOD else {}
+
+
+def _stored_packed(entry: Entry, fmt: Format, shape: Shape) -> StoredTensor:
+    if entry.dtype_name != "U8":
+        raise WeightsError(f"{entry.file.path}: packed tensor {entry.name!r} is {entry.dtype_name}, not U8")
+    return stored_packed(released_of(entry.name), fmt, shape, entry.file, entry.offset, entry.num_bytes)
 
 
 # ---- files and headers --------------------------------------------------------------------------------------

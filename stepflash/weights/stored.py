@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from stepflash.errors import WeightsError
+from stepflash.kernels.formats import Format
 
 CHUNK_BYTES = 8 << 20
 EXPANDED_CHUNK_BYTES = 1 << 20  # for formats that are decoded through several float32 temporaries
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStorage:
+    """A tensor that the kernels can read as it is stored: its format, and its packed bytes in order (uint8)."""
+
+    fmt: Format
+    pieces: Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,7 @@ class StoredTensor:
             NOTE: a piece is only valid until the next one is asked for.
         scales: reads the block scales of an FP8 tensor, float32.
         view: the stored bytes as a tensor (copy on write), when they are a plain float dtype; else None.
+        packed: the same values in a format of the kernels, when nothing is lost by it.
     """
 
     name: str
@@ -46,6 +56,7 @@ class StoredTensor:
     scales: Callable[[], Tensor] | None = None
     view: Callable[[], Tensor] | None = None
     view_dtype: torch.dtype | None = None
+    packed: PackedStorage | None = None
 
     def fill(self, out: Tensor) -> None:
         """Write all values into `out`: contiguous, on the CPU, of this shape and any float dtype."""
