@@ -170,12 +170,20 @@ def _add_sampling(parser: argparse.ArgumentParser, default_max_tokens: int | Non
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", metavar="TYPE", help=f"of weights and cache: {', '.join(DTYPES)}")
+    group.add_argument(
+        "--quantization", metavar="FORMAT", help="pack the weights while loading: int4, int8, fp8, bf16, ..."
+    )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run together")
     group.add_argument("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values")
 
 
 def _engine_settings(args: argparse.Namespace) -> EngineSettings:
-    return EngineSettings(dtype=args.dtype, max_num_seqs=args.max_num_seqs, kv_cache_gb=args.kv_cache_gb)
+    return EngineSettings(
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_num_seqs=args.max_num_seqs,
+        kv_cache_gb=args.kv_cache_gb,
+    )
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -272,6 +280,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "chat": ("chat in the terminal", _add_chat, _chat),
     "serve": ("serve the OpenAI API and a chat page", _add_serve, _serve),
     "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
+    "quantize": ("a model in fewer bits, with a receipt", *_tool("quantize_command")),
     "plan": ("what fits on a machine, how fast it can be, how to run it", *_tool("plan_command")),
     "cost": ("decoding cost of models, after the model card's table", *_tool("cost_command")),
     "doctor": ("check the installation and measure this machine", *_tool("doctor")),

@@ -21,6 +21,7 @@ class EngineSettings:
     """How to run a model. None leaves the choice to the engine."""
 
     dtype: str | None = None
+    quantization: str | None = None
     max_num_seqs: int | None = None
     kv_cache_gb: float | None = None
 

@@ -57,6 +57,7 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     llm = LLM(
         path,
         dtype=dtype,
+        quantization=settings.quantization,
         tokenizer=tokenizer,
         chat_template=template,
         **{name: value for name, value in options.items() if value is not None},

@@ -1,0 +1,130 @@
+"""`stepflash quantize`: the command around `quantize.py` and `receipt.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepflash.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EPILOG_PROTECT = "a shell pattern over tensor names and a format, such as 'model.layers.7.*=int8'; repeatable"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `stepflash quantize`."""
+    parser.add_argument("model", metavar="MODEL", help="a folder of safetensors, a hub id or 'nano'")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--format",
+        default="int4",
+        metavar="FORMAT",
+        help="int4 (-g32, -g64, -g128), int8 (-g32, -g64, -g128), fp8 or bf16 (%(default)s)",
+    )
+    parser.add_argument(
+        "--protect", action="append", default=[], metavar="PATTERN=FORMAT", help=EPILOG_PROTECT
+    )
+    parser.add_argument(
+        "--edge",
+        default="bf16",
+        metavar="FORMAT",
+        help="of the layers at both ends, which quantise badly; 'none' treats them like the others (%(default)s)",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure on this text; parts are separated by lines of ---"
+    )
+    parser.add_argument("--no-measure", action="store_true", help="a receipt with digests only")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Quantise, measure, write the receipt; the status is 1 if the quality did not pass."""
+    from stepflash.tools.quantize import make_recipe, quantize_checkpoint
+    from stepflash.tools.receipt import documents, measure, write_receipt
+    from stepflash.weights.checkpoint import open_checkpoint
+    from stepflash.weights.hub import resolve_model
+
+    source = open_checkpoint(resolve_model(options.model))
+    protect = [_protected(text) for text in options.protect]
+    recipe = make_recipe(source.config, options.format, protect, options.edge)
+    token_ids, origin = documents(source.path, options.text)
+    with _progress_bar() as bar:
+        task = bar.add_task("quantising", total=None)
+        try:
+            tensors = quantize_checkpoint(
+                source,
+                options.out,
+                recipe,
+                resume=options.resume,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            print(
+                f"stepflash: interrupted; finished files are kept, --resume goes on in {options.out}",
+                file=sys.stderr,
+            )
+            raise
+        quality = None
+        if not options.no_measure:
+            task = bar.add_task("comparing", total=None)
+            quality = measure(
+                source,
+                open_checkpoint(options.out),
+                token_ids,
+                origin,
+                on_layer=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    receipt = write_receipt(options.out, tensors, asdict(recipe), quality)
+    _print(options, receipt)
+    return 0 if quality is None or quality.passed else 1
+
+
+def _protected(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.partition("=")
+    if not (pattern and equals and name):
+        raise ConfigError(f"--protect is PATTERN=FORMAT, for example 'model.layers.7.*=int8', not {text!r}")
+    return pattern, name
+
+
+def _print(options: argparse.Namespace, receipt: dict[str, Any]) -> None:
+    from stepflash.weights.checkpoint import open_checkpoint
+    from stepflash.weights.receipt import read_receipt, verdict
+
+    checkpoint = open_checkpoint(options.out)
+    num_bytes = checkpoint.num_bytes
+    bits = 8 * num_bytes / checkpoint.config.num_parameters(trunk=False)
+    if options.json:
+        values = {"out": str(options.out), "num_bytes": num_bytes, "bits_per_weight": round(bits, 3)}
+        print(json.dumps(values | {key: receipt[key] for key in ("recipe", "source_sha256", "quality")}))
+        return
+    print(f"{options.out}: {num_bytes / 1e6:,.1f} MB, {bits:.2f} bits a weight")
+    print(verdict(read_receipt(options.out)))
+    if receipt["quality"] is None:
+        return
+    print(f"{'layer':>5} {'error':>8} {'drift':>8} {'routing':>8}")
+    for layer in receipt["quality"]["layers"]:
+        routing = "-" if layer["routing"] is None else f"{layer['routing']:.1%}"
+        print(f"{layer['layer']:>5} {layer['error']:>8.4f} {layer['drift']:>8.4f} {routing:>8}")
+    if drafts := receipt["quality"]["mtp_top1_agreement"]:
+        print("drafts that agree, by prediction module: " + ", ".join(f"{share:.1%}" for share in drafts))
+
+
+def _progress_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
