@@ -40,13 +40,15 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Where and for whom to serve."""
+    """Where and for whom to serve. `is_canonical` takes known noise of clients out of prompts (see
+    `stepflash.chat.canonical`); False renders them as they come."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 2**20
     drain_seconds: int = 30
+    is_canonical: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

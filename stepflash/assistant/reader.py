@@ -33,8 +33,9 @@ THINK_END = "</think>"
 class Prompt:
     """A request ready to submit, and how to read its answer.
 
-    `parse` False takes the answer as plain content. `prefill` is text of the answer that the prompt
-    already contains. `max_tool_calls` ends the answer after that many calls.
+    `parse` False takes the answer as plain content. `tools` are those whose calls are read, whether or not the
+    head of the prompt lists them. `prefill` is text of the answer that the prompt already contains.
+    `max_tool_calls` ends the answer after that many calls.
     """
 
     request: Request
@@ -52,17 +53,18 @@ class StopStrings:
         self._stop = stop
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop string was found (then nothing follows)."""
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that is safe to show, and the stop string that was found, if one was (then nothing follows)."""
         text = self._held + text
         # The one that is complete first, so that the result does not depend on how the text was cut.
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, begin = min(found)
+            return text[:begin], text[begin:end]
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held], False
+        return text[: len(text) - num_held], None
 
     def flush(self) -> str:
         """What was held back, when no stop string can follow any more."""
@@ -133,7 +135,7 @@ class AnswerReader:
             if text:
                 yield ContentDelta(text)
             if found:
-                yield self._finish("stop")
+                yield self._finish("stop", found)
             return
         if not isinstance(event, ReasoningDelta) and (held := self._stop.flush()):
             yield ContentDelta(held)
@@ -148,9 +150,9 @@ class AnswerReader:
         if isinstance(event, ToolCallEnd) and limit is not None and event.index + 1 >= limit:
             yield self._finish("stop")
 
-    def _finish(self, reason: FinishReason) -> Finish:
+    def _finish(self, reason: FinishReason, stop_string: str | None = None) -> Finish:
         self.is_finished = True
-        return Finish("tool_calls" if reason == "stop" and self._has_tool_calls else reason)
+        return Finish("tool_calls" if reason == "stop" and self._has_tool_calls else reason, stop_string)
 
     def _count(self, token_ids: tuple[int, ...], stats: RequestStats | None) -> None:
         num_reasoning = 0

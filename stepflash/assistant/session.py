@@ -16,13 +16,12 @@ from typing import Any, Protocol
 
 from stepflash.assistant.reader import AnswerReader, Prompt
 from stepflash.assistant.stream import StreamItem
-from stepflash.chat.messages import Conversation
+from stepflash.chat.messages import Conversation, Tool
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.engine.request import Output, Request, SamplingParams
 from stepflash.errors import EngineError, PromptTooLong, RequestError
 
-THINK_START = "<think>"
 NO_THINKING = "\n</think>\n"  # as `prefill`: an empty thought
 
 
@@ -58,11 +57,13 @@ class Session:
         prefill: str = "",
         max_tool_calls: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        extra_tools: tuple[Tool, ...] = (),
     ) -> Prompt:
         """Render and encode a conversation.
 
         `prefill` starts the answer: the model continues after it, and it is part of the events. Begun with
         `NO_THINKING` the model does not think (a template that opens no thought needs none closed).
+        `extra_tools` may be called, but the head of the prompt does not list them.
 
         Raises:
             PromptTooLong: no room is left for even one token of the answer.
@@ -71,17 +72,27 @@ class Session:
         rendered = self.template.render(
             conversation.messages, tools=conversation.tools, variables=template_variables
         )
-        opens_thought = rendered.text.rstrip().endswith(THINK_START)
-        if not opens_thought:
+        if not rendered.opens_thought:
             prefill = prefill.removeprefix(NO_THINKING)
         token_ids, cut_points = self.tokenizer.encode_with_cuts(rendered.text + prefill, rendered.cut_points)
         return Prompt(
             request=self._request(token_ids, sampling, cut_points),
-            in_reasoning=opens_thought,
-            tools=conversation.tools,
+            in_reasoning=rendered.opens_thought,
+            tools=(*conversation.tools, *extra_tools),
             prefill=prefill,
             max_tool_calls=max_tool_calls,
         )
+
+    def num_prompt_tokens(self, conversation: Conversation, prefill: str = "") -> int:
+        """The length of the prompt that `prepare` would make of it, whether or not it fits.
+
+        Raises:
+            RequestError: the template refuses the conversation.
+        """
+        rendered = self.template.render(conversation.messages, tools=conversation.tools)
+        if not rendered.opens_thought:
+            prefill = prefill.removeprefix(NO_THINKING)
+        return len(self.tokenizer.encode(rendered.text + prefill))
 
     def prepare_text(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Prompt:
         """A prompt without chat template, as text or token ids; text gets the bos token in front.

@@ -108,9 +108,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The answer is complete; always the last event, and there is exactly one."""
+    """The answer is complete; always the last event, and there is exactly one. `stop_string` is the one that
+    ended it, if one did."""
 
     reason: FinishReason
+    stop_string: str | None = None
 
 
 Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finish

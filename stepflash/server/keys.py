@@ -12,10 +12,9 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepflash.server.openai_errors import error_json
+from stepflash.server.errors_by_path import message_response
 
 OPEN_PATHS = frozenset({"/health"})
 
@@ -36,11 +35,11 @@ class KeyGuard:
             return
         path = scope["path"]
         is_page = path == "/" or path.startswith("/page/")
-        response = JSONResponse(
-            error_json(
-                "a valid API key is needed: send it as 'Authorization: Bearer KEY'", code="invalid_api_key"
-            ),
+        response = message_response(
+            path,
             401,
+            "a valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+            code="invalid_api_key",
             headers={"www-authenticate": f'{"Basic" if is_page else "Bearer"} realm="stepflash"'},
         )
         await response(scope, receive, send)

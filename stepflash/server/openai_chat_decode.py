@@ -16,6 +16,7 @@ from stepflash.chat.openai_messages import messages_from_openai, tools_from_open
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
 from stepflash.server.openai_schema import ChatBody, num_choices, sampling_params
+from stepflash.server.tool_choice import forced_call
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -78,30 +79,20 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
 def _apply_tool_choice(
     choice: str | Mapping[str, Any] | None, tools: tuple[Tool, ...]
 ) -> tuple[tuple[Tool, ...], str, int | None]:
-    """The tools to offer, the beginning of the answer that forces a call, and the limit of calls.
-
-    A forced call begins right after an empty thought, with the tags the model itself would write.
-    """
+    """The tools to offer, the beginning of the answer that forces a call, and the limit of calls."""
     if choice is None or choice == "auto":
         return tools, "", None
     if choice == "none":
         return (), "", None
-    if not tools:
-        raise RequestError("tool_choice needs tools", param="tool_choice")
-    opening = f"{NO_THINKING}<tool_call>\n<function="
     if choice == "required":
-        if len(tools) == 1:
-            return tools, f"{opening}{tools[0].name}>\n", None
-        return tools, opening, None
+        return tools, forced_call(tools), None
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise RequestError(
             "tool_choice must be 'auto', 'none', 'required' or name a function of tools", param="tool_choice"
         )
-    if name not in {tool.name for tool in tools}:
-        raise RequestError(f"tool_choice: there is no tool {name!r} in tools", param="tool_choice")
-    return tools, f"{opening}{name}>\n", 1
+    return tools, forced_call(tools, name), 1
 
 
 def _wants_no_thinking(body: ChatBody) -> bool:

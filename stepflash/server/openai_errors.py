@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from stepflash.errors import EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
 
 Headers = Mapping[str, str]
@@ -38,13 +36,8 @@ def describe(error: StepflashError) -> tuple[int, dict[str, Any], Headers]:
             )
             return 400, error_json(message, param="messages", code=error.code), {}
         case RequestError():
-            status = 404 if error.code == "model_not_found" else 400
+            status = 404 if error.code in ("model_not_found", "not_found") else 400
             return status, error_json(message, param=error.param, code=error.code), {}
         case EngineError():
             return 500, error_json(message, type="server_error", code="engine_error"), {}
     return 500, error_json(message, type="server_error"), {}
-
-
-def error_response(error: StepflashError) -> JSONResponse:
-    status, body, headers = describe(error)
-    return JSONResponse(body, status, headers=dict(headers))

@@ -2,7 +2,7 @@
 
 A streamed reply is an async generator of complete frames. Whatever ends the reply (its last frame, an
 exception, a client that disconnects) closes the generator, and closing it aborts the engine's request.
-While nothing is sent for `KEEP_ALIVE_SECONDS`, a comment frame keeps proxies and clients from giving up.
+While nothing is sent for some seconds, a `KeepAlive` frame keeps proxies and clients from giving up.
 """
 
 from __future__ import annotations
@@ -10,27 +10,39 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-KEEP_ALIVE_SECONDS = 10.0
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """What to send after so many seconds of silence. The frame is made when it is sent, after all before it."""
+
+    seconds: float
+    frame: Callable[[], bytes]
+
+
+COMMENTS = KeepAlive(10.0, lambda: b": keep-alive\n\n")
 
 
 class ClientGone(Exception):
     """The client disconnected; there is nobody to answer."""
 
 
-def frame(data: Mapping[str, Any]) -> bytes:
-    """One `data:` frame."""
+def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
+    """One `data:` frame, after an `event:` line if the event has a name."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    name = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return name + b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 class EventStream(Response):
@@ -38,10 +50,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+    def __init__(self, frames: AsyncGenerator[bytes], keep_alive: KeepAlive = COMMENTS) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
+        self._keep_alive = keep_alive
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +66,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._sent_at = time.monotonic()
-        keep_alive = asyncio.create_task(self._keep_alive(send))
+        keep_alive = asyncio.create_task(self._send_when_silent(send))
         try:
             async with aclosing(self._frames) as frames:
                 async for data in frames:
@@ -63,13 +76,13 @@ class EventStream(Response):
             keep_alive.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _keep_alive(self, send: Send) -> None:
+    async def _send_when_silent(self, send: Send) -> None:
         while True:
-            wait_seconds = self._sent_at + KEEP_ALIVE_SECONDS - time.monotonic()
+            wait_seconds = self._sent_at + self._keep_alive.seconds - time.monotonic()
             if wait_seconds > 0:
                 await asyncio.sleep(wait_seconds)
                 continue
-            await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": self._keep_alive.frame(), "more_body": True})
             self._sent_at = time.monotonic()
 
 

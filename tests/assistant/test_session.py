@@ -114,7 +114,7 @@ def test_stop_strings_against_brute_force(text: str, stop: list[str], cuts: list
     """However the text is cut, what passes is the text before the stop string that is complete first."""
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     bounds = sorted({0, len(text), *(c for c in cuts if c <= len(text))})
-    matcher, shown, found = StopStrings(tuple(stop)), "", False
+    matcher, shown, found = StopStrings(tuple(stop)), "", None
     for low, high in itertools.pairwise(bounds):
         piece, found = matcher.push(text[low:high])
         shown += piece
@@ -122,7 +122,8 @@ def test_stop_strings_against_brute_force(text: str, stop: list[str], cuts: list
             break
     if not found:
         shown += matcher.flush()
-    assert found == bool(ends)
+    assert (found is not None) == bool(ends)
+    assert found is None or (shown + found in text and found in stop)
     assert shown == (text[: min(ends)[1]] if ends else text)
 
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +15,8 @@ from stepflash.engine.request import TokenLogprob
 from stepflash.server.app import create_app
 from stepflash.server.openai_chat_encode import logprobs_json
 from stepflash.server.openai_schema import ChatBody, CompletionBody
-from stepflash.settings import ServerSettings
 from tests.scripted_engine import END, engine_of, scripted_session
+from tests.server.in_process import client_of
 
 HELLO = [{"role": "user", "content": "hello"}]
 TOOLS = [
@@ -32,28 +31,6 @@ TOOLS = [
 ]
 CALL = "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
 THOUGHT_AND_ANSWER = "Let me think\n</think>\nHi there" + END
-
-
-class Client:
-    """Calls an application in this process; every request is a connection of its own."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    def get(self, path: str, **options: Any) -> httpx.Response:
-        return asyncio.run(self._request("GET", path, **options))
-
-    def post(self, path: str, **options: Any) -> httpx.Response:
-        return asyncio.run(self._request("POST", path, **options))
-
-    async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(self._app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **options)
-
-
-def client_of(session: Session, **options: Any) -> Client:
-    return Client(create_app(session, "scripted", settings=ServerSettings(**options)))
 
 
 def chat(text: str, *, bursts: tuple[int, ...] = (4,), **body: Any) -> Any:
@@ -390,29 +367,36 @@ def test_harmless_fields_are_accepted(body: dict[str, Any]) -> None:
     assert chat(THOUGHT_AND_ANSWER, **body).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"{",
-        b"nonsense",
-        b"[1]",
-        b"null",
-        b'"x"',
-        b"3",
-        b"\xff\xfe",
-        b'{"messages": NaN}',
-        b"[" * 200_000,
-        b'{"a":' * 100_000,
-        b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-    ],
-    ids=lambda raw: repr(raw[:20]),
-)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+BAD_JSON = [
+    b"",
+    b"{",
+    b"nonsense",
+    b"[1]",
+    b"null",
+    b'"x"',
+    b"3",
+    b"\xff\xfe",
+    b'{"messages": NaN}',
+    b"[" * 200_000,
+    b'{"a":' * 100_000,
+    b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+]
+
+
+@pytest.mark.parametrize("raw", BAD_JSON, ids=lambda raw: repr(raw[:20]))
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
 def test_bad_json_is_a_client_error(raw: bytes, path: str) -> None:
     response = client_of(scripted_session("x")).post(path, content=raw)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("raw", BAD_JSON, ids=lambda raw: repr(raw[:20]))
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_bad_json_is_a_client_error_in_the_anthropic_api(raw: bytes, path: str) -> None:
+    response = client_of(scripted_session("x")).post(path, content=raw)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -1,0 +1,108 @@
+"""The routes of the Anthropic API: `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from stepflash.assistant.reader import Prompt
+from stepflash.assistant.session import NO_THINKING, new_request_id
+from stepflash.assistant.stream import StreamItem
+from stepflash.errors import StepflashError
+from stepflash.server.anthropic_decode import MessagesBody, decode, decode_conversation, thinks
+from stepflash.server.anthropic_encode import PING, MessageEncoder, MessageHead, fold_message
+from stepflash.server.anthropic_errors import describe
+from stepflash.server.body import read_body
+from stepflash.server.service import Service
+from stepflash.server.sse import KeepAlive, frame
+
+PINGS = KeepAlive(10.0, lambda: frame(PING, "ping"))
+
+
+class AnthropicRoutes:
+    """Handlers over the shared service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.session = service.session
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/messages", self.messages, methods=["POST"], response_model=None)
+        app.add_api_route(
+            "/v1/messages/count_tokens", self.count_tokens, methods=["POST"], response_model=None
+        )
+
+    async def messages(self, request: Request) -> Response:
+        raw = await self.service.read(request)
+        body = decode(read_body(raw, MessagesBody), self.service.defaults)
+        self.service.check_model(body.model)
+
+        def prepare() -> Prompt:
+            return self.session.prepare(
+                self.service.canonical(body.conversation),
+                body.sampling,
+                prefill=body.prefill,
+                max_tool_calls=body.max_tool_calls,
+                extra_tools=body.deferred_tools,
+            )
+
+        prompt = await self.service.prepared(prepare, len(raw))
+        (stream,) = self.service.answers([prompt])
+        max_tokens = prompt.request.sampling.max_tokens
+        head = MessageHead(
+            id=f"msg_{new_request_id()}",
+            model=self.service.model_name,
+            num_prompt_tokens=len(prompt.request.prompt_token_ids),
+            shows_thinking=body.shows_thinking,
+            num_given_chars=body.num_given_chars,
+            is_context_limit=max_tokens is not None and max_tokens < body.max_tokens,
+        )
+        events = _events(MessageEncoder(head), stream)
+        if body.stream:
+            return self.service.event_stream(request, _frames(events), _error_frame, keep_alive=PINGS)
+        return JSONResponse(await self.service.unless_gone(request, _whole(events)))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Renders and encodes; the engine is not asked, so a full queue does not matter."""
+        raw = await self.service.read(request)
+        body = read_body(raw, MessagesBody)
+        self.service.check_model(body.model)
+        conversation, _ = decode_conversation(body)
+        prefill = "" if thinks(body) else NO_THINKING
+
+        def count() -> int:
+            return self.session.num_prompt_tokens(self.service.canonical(conversation), prefill)
+
+        num_tokens = await self.service.prepared(count, len(raw))
+        self.service.count(request, 200)
+        return JSONResponse({"input_tokens": num_tokens})
+
+
+async def _events(
+    encoder: MessageEncoder, stream: AsyncGenerator[StreamItem]
+) -> AsyncGenerator[dict[str, Any]]:
+    async with aclosing(stream):
+        for event in encoder.start():
+            yield event
+        async for item in stream:
+            for event in encoder.encode(item):
+                yield event
+
+
+async def _frames(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        async for event in events:
+            yield frame(event, event["type"])
+
+
+async def _whole(events: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
+    async with aclosing(events):
+        return fold_message([event async for event in events])
+
+
+def _error_frame(error: StepflashError) -> bytes:
+    return frame(describe(error)[1], "error")

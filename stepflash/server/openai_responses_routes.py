@@ -1,0 +1,187 @@
+"""The routes of `/v1/responses`: create, get, cancel, delete."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from stepflash.assistant.reader import Prompt
+from stepflash.assistant.session import new_request_id
+from stepflash.assistant.stream import StreamItem
+from stepflash.errors import RequestError, StepflashError
+from stepflash.server.body import read_body
+from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
+from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
+from stepflash.server.openai_responses_store import ResponseStore, StoredResponse, not_found
+from stepflash.server.service import Service
+from stepflash.server.sse import KeepAlive, frame
+
+# Codex gives up after its idle time whatever comments come; only events count for it.
+KEEP_ALIVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A response that is being written."""
+
+    encoder: ResponseEncoder
+    engine_request_id: str
+
+
+class ResponsesRoutes:
+    """Handlers over the shared service; finished responses are kept in `store`."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.session = service.session
+        self.store = ResponseStore()
+        self._running: dict[str, _Running] = {}
+
+    def add_to(self, app: FastAPI) -> None:
+        one = "/v1/responses/{response_id}"
+        app.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None)
+        app.add_api_route(one, self.get, methods=["GET"], response_model=None)
+        app.add_api_route(one, self.delete, methods=["DELETE"], response_model=None)
+        app.add_api_route(f"{one}/cancel", self.cancel, methods=["POST"], response_model=None)
+        app.add_api_route(f"{one}/input_items", self.input_items, methods=["GET"], response_model=None)
+
+    async def create(self, request: Request) -> Response:
+        raw = await self.service.read(request)
+        checked = read_body(raw, ResponsesBody)
+        previous = self._previous(checked.previous_response_id)
+        body = decode(checked, self.service.defaults, previous.next_items if previous else ())
+        self.service.check_model(body.model)
+
+        def prepare() -> Prompt:
+            return self.session.prepare(
+                self.service.canonical(body.conversation),
+                body.sampling,
+                prefill=body.prefill,
+                max_tool_calls=body.max_tool_calls,
+            )
+
+        prompt = await self.service.prepared(prepare, len(raw))
+        (stream,) = self.service.answers([prompt])
+        head = ResponseHead(
+            id=f"resp_{new_request_id()}",
+            created_at=int(time.time()),
+            model=self.service.model_name,
+            toolbox=body.toolbox,
+            echo=body.echo,
+        )
+        running = _Running(ResponseEncoder(head), prompt.request.request_id)
+        num_bytes = len(raw) + (previous.num_bytes if previous else 0)
+        events = self._events(head.id, running, stream, body, num_bytes)
+        if body.stream:
+
+            def keep_alive() -> bytes:
+                return _frame(running.encoder.keep_alive())
+
+            def error_frame(error: StepflashError) -> bytes:
+                return _frame(running.encoder.fail(error))
+
+            return self.service.event_stream(
+                request, _frames(events), error_frame, keep_alive=KeepAlive(KEEP_ALIVE_SECONDS, keep_alive)
+            )
+        return JSONResponse(await self.service.unless_gone(request, _last_response(events)))
+
+    async def get(self, request: Request, response_id: str) -> Response:
+        if request.query_params.get("stream") == "true":
+            raise RequestError(
+                "stream: a stored response comes whole", param="stream", code="unsupported_parameter"
+            )
+        if (running := self._running.get(response_id)) is not None:
+            return JSONResponse(running.encoder.response("in_progress"))
+        return JSONResponse(self._stored(response_id).response)
+
+    async def delete(self, response_id: str) -> Response:
+        self.store.delete(response_id)
+        return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
+
+    async def cancel(self, response_id: str) -> Response:
+        """Ends a running response; its stream ends with what there is."""
+        running = self._running.get(response_id)
+        if running is None:
+            status = self._stored(response_id).response["status"]
+            raise RequestError(f"the response cannot be cancelled: it is {status}", param="response_id")
+        self.session.engine.abort(running.engine_request_id)
+        return JSONResponse(running.encoder.response("cancelled"))
+
+    async def input_items(self, response_id: str) -> Response:
+        items = self._stored(response_id).items
+        data = [
+            {"type": "message", **item, "id": item.get("id") or f"item_{index}"}
+            for index, item in enumerate(items)
+        ]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return JSONResponse({"object": "list", "data": data, **ends, "has_more": False})
+
+    async def _events(
+        self,
+        response_id: str,
+        running: _Running,
+        stream: AsyncGenerator[StreamItem],
+        body: ResponsesRequest,
+        num_bytes: int,
+    ) -> AsyncGenerator[dict[str, Any]]:
+        self._running[response_id] = running
+        event: dict[str, Any] = {}
+        try:
+            async with aclosing(stream):
+                for event in running.encoder.start():
+                    yield event
+                async for item in stream:
+                    for event in running.encoder.encode(item):
+                        if body.is_stored and event["type"] in ("response.completed", "response.incomplete"):
+                            self._keep(event["response"], body.items, num_bytes)
+                        yield event
+        finally:
+            del self._running[response_id]
+
+    def _keep(self, response: dict[str, Any], items: tuple[Any, ...], num_bytes: int) -> None:
+        num_bytes += len(json.dumps(response))
+        self.store.put(StoredResponse(response=response, items=items, num_bytes=num_bytes))
+
+    def _stored(self, response_id: str) -> StoredResponse:
+        stored = self.store.get(response_id)
+        if stored is None:
+            raise not_found(response_id)
+        return stored
+
+    def _previous(self, response_id: str | None) -> StoredResponse | None:
+        if response_id is None:
+            return None
+        stored = self.store.get(response_id)
+        if stored is None:
+            raise RequestError(
+                f"previous response {response_id!r} not found; the server keeps a limited number, "
+                "and none with store false",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        return stored
+
+
+async def _frames(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        async for event in events:
+            yield _frame(event)
+
+
+async def _last_response(events: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
+    response: dict[str, Any] = {}
+    async with aclosing(events):
+        async for event in events:
+            response = event.get("response", response)
+    return response
+
+
+def _frame(event: dict[str, Any]) -> bytes:
+    return frame(event, event["type"])

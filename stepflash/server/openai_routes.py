@@ -1,0 +1,147 @@
+"""The routes of OpenAI's chat and text completions and of the list of models."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from stepflash.assistant.reader import Prompt
+from stepflash.assistant.session import as_choice, new_request_id
+from stepflash.assistant.stream import Answer, Fold, StreamItem, merge, total_usage
+from stepflash.errors import StepflashError
+from stepflash.server import openai_chat_decode, openai_chat_encode, openai_completions
+from stepflash.server.body import read_body
+from stepflash.server.openai_chat_encode import ResponseHead
+from stepflash.server.openai_errors import describe
+from stepflash.server.openai_schema import ChatBody, CompletionBody
+from stepflash.server.service import Service
+from stepflash.server.sse import DONE, EventStream, frame
+
+
+class OpenAIRoutes:
+    """`/v1/chat/completions`, `/v1/completions`, `/v1/models`."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.session = service.session
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route(
+            "/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None
+        )
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+
+    async def chat_completions(self, request: Request) -> Response:
+        raw = await self.service.read(request)
+        body = openai_chat_decode.decode(read_body(raw, ChatBody), self.service.defaults)
+        self.service.check_model(body.model)
+
+        def prepare() -> Prompt:
+            return self.session.prepare(
+                self.service.canonical(body.conversation),
+                body.sampling,
+                prefill=body.prefill,
+                max_tool_calls=body.max_tool_calls,
+                template_variables=body.template_variables,
+            )
+
+        prompt = await self.service.prepared(prepare, len(raw))
+        streams = self.service.answers([as_choice(prompt, index) for index in range(body.num_choices)])
+        head = self._head("chatcmpl-")
+        if body.stream:
+            chunks = openai_chat_encode.chunks(head, merge(streams), body, self.session.tokenizer.token_bytes)
+            return self._event_stream(request, chunks)
+        answers = await self.service.unless_gone(request, _whole(streams))
+        return JSONResponse(openai_chat_encode.response(head, answers, self.session.tokenizer.token_bytes))
+
+    async def completions(self, request: Request) -> Response:
+        raw = await self.service.read(request)
+        body = openai_completions.decode(read_body(raw, CompletionBody), self.service.defaults)
+        self.service.check_model(body.model)
+
+        def prepare() -> list[Prompt]:
+            return [self.session.prepare_text(prompt, body.sampling) for prompt in body.prompts]
+
+        prompts = await self.service.prepared(prepare, len(raw))
+        streams = self.service.answers(
+            [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)]
+        )
+        echoed = [self._echo(prompt, body.echo) for prompt in body.prompts for _ in range(body.num_choices)]
+        head = self._head("cmpl-")
+        token_bytes = self.session.tokenizer.token_bytes
+        if body.stream:
+            chunks = openai_completions.chunks(head, merge(streams), echoed, body, token_bytes)
+            return self._event_stream(request, chunks)
+        answers = await self.service.unless_gone(request, _whole(streams))
+        choices = [
+            openai_completions.answer_choice(index, answer, echo, token_bytes)
+            for index, (answer, echo) in enumerate(zip(answers, echoed, strict=True))
+        ]
+        usage = total_usage([answer.usage for answer in answers], body.num_choices)
+        return JSONResponse(openai_completions.response(head, choices, usage))
+
+    async def models(self) -> dict[str, Any]:
+        model = self._model_json()
+        # The fields behind `data` are Anthropic's, which lists models at the same path.
+        return {
+            "object": "list",
+            "data": [model],
+            "has_more": False,
+            "first_id": model["id"],
+            "last_id": model["id"],
+        }
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self.service.check_model(name)
+        return self._model_json()
+
+    def _event_stream(self, request: Request, chunks: AsyncGenerator[dict[str, Any]]) -> EventStream:
+        async def frames() -> AsyncGenerator[bytes]:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield frame(chunk)
+
+        def error_frame(error: StepflashError) -> bytes:
+            return frame(describe(error)[1])
+
+        return self.service.event_stream(request, frames(), error_frame, last_frame=DONE)
+
+    def _head(self, prefix: str) -> ResponseHead:
+        return ResponseHead(
+            id=prefix + new_request_id(), created=int(time.time()), model=self.service.model_name
+        )
+
+    def _model_json(self) -> dict[str, Any]:
+        created_at = datetime.datetime.fromtimestamp(self.service.created, datetime.UTC)
+        return {
+            "id": self.service.model_name,
+            "object": "model",
+            "created": self.service.created,
+            "owned_by": "stepflash",
+            "max_model_len": self.session.max_context_tokens,
+            "type": "model",
+            "display_name": self.service.model_name,
+            "created_at": created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "max_input_tokens": self.session.max_context_tokens,
+        }
+
+    def _echo(self, prompt: str | tuple[int, ...], echo: bool) -> str:
+        if not echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self.session.tokenizer.decode(prompt)
+
+
+async def _whole(streams: Sequence[AsyncGenerator[StreamItem]]) -> list[Answer]:
+    folds = [Fold() for _ in streams]
+    async with aclosing(merge(streams)) as items:
+        async for index, item in items:
+            folds[index].add(item)
+    return [collected.answer() for collected in folds]
