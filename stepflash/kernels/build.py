@@ -31,7 +31,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
-_BASE_FLAGS = ("-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-g0")
+_BASE_FLAGS = ("-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-g0")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ _ISA_NEEDS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
     "avx512_bf16": frozenset({"avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi"}),
 }
-_SHARED_SOURCES = ("bindings.cpp", "dispatch.cpp")
+_SHARED_SOURCES = ("bindings.cpp", "dispatch.cpp", "pool.cpp")
 _load_lock = threading.Lock()
 _loaded: bool | None = None
 
@@ -118,6 +118,7 @@ def _compile(isas: tuple[str, ...], compiler: str, target: Path) -> None:
         have = [f"-DSF_HAVE_{isa.upper()}" for isa in isas]
         add("bindings.cpp", "bindings", "-std=c++20", "-O1", "-fPIC", "-w", abi, *include)
         add("dispatch.cpp", "dispatch", "-std=c++17", *_BASE_FLAGS, *have)
+        add("pool.cpp", "pool", "-std=c++17", *_BASE_FLAGS)
         for isa in isas:
             for source in sorted(SOURCE_DIR.glob("*.cpp")):
                 if source.name not in _SHARED_SOURCES:
@@ -127,7 +128,7 @@ def _compile(isas: tuple[str, ...], compiler: str, target: Path) -> None:
             list(pool.map(_run, jobs))
         library = os.path.join(folder, "library.so")
         torch_lib = torch_dir / "lib"
-        links = [f"-L{torch_lib}", "-ltorch_cpu", "-lc10", "-fopenmp"]
+        links = [f"-L{torch_lib}", "-ltorch_cpu", "-lc10", "-pthread"]
         _run([compiler, "-shared", "-o", library, *objects, *links])
         os.replace(library, target)  # atomic: another process sees the whole library or none
 

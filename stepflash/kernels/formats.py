@@ -347,7 +347,9 @@ def pack_q6_k(blocks: Tensor, k: int) -> Tensor:
     lanes = _lanes(high2, 4).reshape(rows // PANEL, k // 8, 2, 2, 16, 4)
     packed_high = lanes[:, :, 0, 0] | lanes[:, :, 0, 1] << 2 | lanes[:, :, 1, 0] << 4 | lanes[:, :, 1, 1] << 6
     panels = rows // PANEL
-    pieces = (_panel_rows(d), _panel_rows(scales), _nibble_panels(low4), packed_high)
+    low_bytes = _nibble_panels(low4).reshape(panels, k // 8, 128)
+    bits = torch.cat([low_bytes, packed_high.reshape(panels, k // 8, 64)], 2)
+    pieces = (_panel_rows(d), _panel_rows(scales), bits)
     return torch.cat([_bytes(piece).view(panels, num_blocks, -1) for piece in pieces], 2).flatten()
 
 
@@ -356,8 +358,9 @@ def _unpack_q6_k(data: Tensor, panels: int, kp: int) -> Tensor:
     d = blocks[..., :64].contiguous().view(torch.float16).view(panels, kp // 256, 1, PANEL).float()
     scales = blocks[..., 64:576].contiguous().view(torch.int8).view(panels, kp // 256, 16, PANEL)
     scale = (d * scales).permute(0, 3, 1, 2).reshape(panels * PANEL, -1)
-    low4 = _unpack_nibbles(blocks[..., 576:4672], panels, kp)
-    high = blocks[..., 4672:].reshape(panels, kp // 8, 16, 4)
+    bits = blocks[..., 576:].reshape(panels, kp // 8, 192)
+    low4 = _unpack_nibbles(bits[..., :128], panels, kp)
+    high = bits[..., 128:].reshape(panels, kp // 8, 16, 4)
     quads = torch.stack(
         [torch.stack([high & 3, high >> 2 & 3], 2), torch.stack([high >> 4 & 3, high >> 6], 2)], 2
     )

@@ -311,15 +311,15 @@ struct Plan {
 };
 
 void attention(const AttentionArgs& args) {
-  const Plan plan(args);
+  const auto plan = std::make_shared<const Plan>(args);  // owned by the job, see pool.h
   const int64_t dim = args.cache.head_dim, stride = dim + LANES;  // a partial row: sums, then peak and sum
-  float* partials = (float*)workspace(0, std::max<int64_t>(64, plan.partial_rows * stride * 4));
+  float* partials = (float*)workspace(0, std::max<int64_t>(64, plan->partial_rows * stride * 4));
   const int64_t group = args.num_heads / args.cache.num_kv_heads;
-  parallel(args.num_threads, [&](Team& team) {
+  parallel(args.num_threads, [=](Team& team) {
     Scratch& scratch = *(Scratch*)workspace(2, sizeof(Scratch));
     Attention attention(args, scratch);
-    team.share((int64_t)plan.items.size(), [&](int64_t i) {
-      const Item& item = plan.items[i];
+    team.share((int64_t)plan->items.size(), [&](int64_t i) {
+      const Item& item = plan->items[i];
       attention.run(item, scratch.total);
       for (int64_t r = 0; r < item.count * group; ++r) {
         if (item.partial < 0) {
@@ -331,13 +331,13 @@ void attention(const AttentionArgs& args) {
         row[dim] = scratch.total.peak[r], row[dim + 1] = scratch.total.sum[r];
       }
     });
-    team.share((int64_t)plan.outputs.size(), [&](int64_t i) {
-      const Item& item = plan.outputs[i];
+    team.share((int64_t)plan->outputs.size(), [&](int64_t i) {
+      const Item& item = plan->outputs[i];
       const int64_t rows = item.count * group;
       attention.clear(scratch.total, rows);
-      for (int64_t part = 0; part < plan.num_parts[i]; ++part)
+      for (int64_t part = 0; part < plan->num_parts[i]; ++part)
         for (int64_t r = 0; r < rows; ++r) {
-          const float* row = partials + (plan.first_part[i] + part * rows + r) * stride;
+          const float* row = partials + (plan->first_part[i] + part * rows + r) * stride;
           attention.merge_row(scratch.total.peak[r], scratch.total.sum[r], scratch.total.out + r * dim, row[dim], row[dim + 1], row);
         }
       for (int64_t r = 0; r < rows; ++r) attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);

@@ -8,7 +8,7 @@
 //   int8   per 2 groups: f16 scales [2][32]; per 4 k: rows 0-15 (4 k each), rows 16-31, stored + 128
 //   int4   per 2 groups: f16 scales [2][32]; per 4 k: low nibbles rows 0-15, high nibbles rows 16-31, + 8
 //   q4_k   per 256 k: f16 d [32], f16 dmin [32], 6-bit scales and mins (see q4_k_tile), nibbles as int4
-//   q6_k   per 256 k: f16 d [32], s8 scale [16][32], low 4 bits as int4, high 2 bits per 8 k: 64 bytes
+//   q6_k   per 256 k: f16 d [32], s8 scale [16][32]; per 8 k: low 4 bits as int4 (128 bytes), high 2 bits (64)
 //
 // An activation record is one token's input, prepared once for all rows: bf16 values, or int8 values with a
 // float scale per group and, per sum group, the correction for the offset of the unsigned weights.

@@ -41,7 +41,7 @@ void linear(const LinearArgs& args) {
   if (args.num_tokens > 16 && per_item > fit) per_item = fit;
   per_item = per_item < 1 ? 1 : per_item > 4 ? 4 : per_item;
 
-  parallel(args.num_threads, [&](Team& team) {
+  parallel(args.num_threads, [=](Team& team) {
     float* row = (float*)workspace(1, k_rows * 4);
     team.share(args.num_tokens, [&](int64_t t) {
       load_row(args.x, t, args.k, row);
@@ -86,7 +86,7 @@ void linear(const LinearArgs& args) {
 }
 
 void rms_norm(const NormArgs& args) {
-  parallel(args.num_tokens * args.size < 65536 ? 1 : args.num_threads, [&](Team& team) {
+  parallel(args.num_tokens * args.size < 65536 ? 1 : args.num_threads, [=](Team& team) {
     float* row = (float*)workspace(1, round_up(args.size, 256) * 4);
     team.share(args.num_tokens, [&](int64_t t) {
       load_row(args.x, t, args.size, row);

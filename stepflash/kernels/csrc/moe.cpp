@@ -137,7 +137,7 @@ void route(const RouteArgs& args) {
   uint8_t* base = workspace(0, layout.bytes);
   float *x = (float*)(base + x_offset), *scores = (float*)(base + score_offset);
   const RouterScores router{args.num_tokens, args.num_experts, args.hidden_size, x, args.router_weight, args.hidden_size, scores};
-  parallel(args.num_threads, [&](Team& team) {
+  parallel(args.num_threads, [=](Team& team) {
     team.share(args.num_tokens, [&](int64_t t) { load_row(args.x, t, args.hidden_size, x + t * args.hidden_size); });
     team.share(router.items(), router);
     team.share(args.num_tokens, [&](int64_t t) {
@@ -176,10 +176,11 @@ void moe(const MoeArgs& args) {
   int32_t* slot_token = (int32_t*)(base + token_offset);
   const uint8_t** inputs = (const uint8_t**)(base + input_offset);
   uint8_t** hidden_records = (uint8_t**)(base + record_offset);
-  int64_t *start = (int64_t*)(base + start_offset), *active = (int64_t*)(base + active_offset), num_active = 0;
+  int64_t *start = (int64_t*)(base + start_offset), *active = (int64_t*)(base + active_offset);
+  const auto num_active = std::make_shared<int64_t>(0);  // read between phases: owned by the job, see pool.h
   const RouterScores router{tokens, experts, hidden, x, args.router_weight, x_stride, scores};
 
-  parallel(args.num_threads, [&](Team& team) {
+  parallel(args.num_threads, [=](Team& team) {
     team.share(tokens, [&](int64_t t) {
       float* row = x + t * x_stride;
       load_row(args.x, t, hidden, row);
@@ -204,10 +205,11 @@ void moe(const MoeArgs& args) {
     team.share(1, [&](int64_t) {
       const int64_t* chosen = args.topk_ids ? args.topk_ids : ids;
       const float* chosen_weight = args.topk_ids ? args.topk_weights : weights;
+      *num_active = 0;
       std::memset(start, 0, (experts + 1) * 8);
       for (int64_t s = 0; s < slots; ++s) ++start[chosen[s] + 1];
       for (int64_t e = 0; e < experts; ++e) {
-        if (start[e + 1]) active[num_active++] = e;
+        if (start[e + 1]) active[(*num_active)++] = e;
         start[e + 1] += start[e];
       }
       for (int64_t s = 0; s < slots; ++s) {
@@ -224,7 +226,7 @@ void moe(const MoeArgs& args) {
       }
     });
     const int64_t shared_items = has_shared ? shared.chunks : 0;  // first: they carry every token
-    team.share(shared_items + num_active * routed.chunks, [&](int64_t item) {
+    team.share(shared_items + *num_active * routed.chunks, [&](int64_t item) {
       if (item < shared_items) {
         shared.gate_up(0, item, inputs + slots, hidden_records + slots, tokens);
       } else {
@@ -237,7 +239,7 @@ void moe(const MoeArgs& args) {
       const int64_t begin = item * per_item, end = std::min(begin + per_item, panels);
       for (int64_t t = 0; t < tokens; ++t)
         std::memset(sums + t * sum_stride + begin * PANEL, 0, (end - begin) * PANEL * 4);
-      for (int64_t a = 0; a < num_active; ++a) {
+      for (int64_t a = 0; a < *num_active; ++a) {
         const int64_t e = active[a], first = start[e], count = start[e + 1] - first;
         routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, sum_stride);
       }

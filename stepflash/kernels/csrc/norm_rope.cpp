@@ -21,7 +21,7 @@ SF_INLINE void rotate(float* x, int64_t half, const float* cos, const float* sin
 
 void qk_norm_rope(const RopeArgs& args) {
   const int64_t heads = args.num_heads + args.num_kv_heads, dim = args.head_dim, half = args.rotary_dim / 2;
-  parallel(args.num_tokens * heads < 256 ? 1 : args.num_threads, [&](Team& team) {
+  parallel(args.num_tokens * heads < 256 ? 1 : args.num_threads, [=](Team& team) {
     team.share(args.num_tokens, [&](int64_t t) {
       float head[512];
       const View none;
@@ -50,9 +50,9 @@ static void write_int8(const float* x, int64_t n, int8_t* out, float* scale) {
 }
 
 void cache_write(const CacheWriteArgs& args) {
-  const Cache& cache = args.cache;
+  const Cache cache = args.cache;
   const int64_t row_size = cache.num_kv_heads * cache.head_dim;
-  parallel(args.num_tokens < 64 ? 1 : args.num_threads, [&](Team& team) {
+  parallel(args.num_tokens < 64 ? 1 : args.num_threads, [=](Team& team) {
     team.share(args.num_tokens, [&](int64_t t) {
       const int64_t slot = args.slots[t];
       if (slot < 0) return;

@@ -1,61 +1,60 @@
-// One OpenMP region per op, with the runtime that torch loaded: its pool is shared, nothing oversubscribes.
+// One job per op: bodies of phases, run by the pool's threads.
 #pragma once
-#include <omp.h>
+#include <utility>
 
-#include <atomic>
-#include <cstdint>
+#include "pool.h"
 
 namespace SF_ISA {
 
-// Shared by the threads of one region: hands out work and separates phases.
+using stepflash::Job;
+
+// One thread's way through the phases of a job; every thread calls share equally often.
 class Team {
  public:
-  Team(int thread, int num_threads, std::atomic<int64_t>* counters)
-      : thread(thread), num_threads(num_threads), counters_(counters) {}
+  Team(int thread, Job* job) : thread(thread), num_threads(job ? job->num_threads : 1), job_(job) {}
 
-  // Calls item(i) for i in [0, count), whichever thread is free next; a barrier follows.
-  // Work is taken dynamically because the other core is often busy with something else.
+  // Calls item(i) for every i in [0, count), on whichever thread is free next; returns when all are done.
   template <class Item>
   void share(int64_t count, Item item) {
-    std::atomic<int64_t>& next = counters_[phase_++];
-    if (num_threads == 1) {
+    if (job_ == nullptr) {
       for (int64_t i = 0; i < count; ++i) item(i);
       return;
     }
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) item(i);
-    barrier();
-  }
-
-  void barrier() {
-    if (num_threads > 1) {
-#pragma omp barrier
+    stepflash::Phase& phase = job_->phases[phase_++];
+    for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_acq_rel)) < count && i < stepflash::CLOSED;) {
+      item(i);
+      phase.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int round = 0; phase.done.load(std::memory_order_acquire) < count; ++round) {
+      if (job_->closed.load(std::memory_order_acquire)) return;
+      stepflash::wait_a_little(round);
     }
   }
 
   const int thread, num_threads;
 
  private:
-  std::atomic<int64_t>* counters_;
+  Job* job_;
   int phase_ = 0;
 };
 
-constexpr int MAX_PHASES = 16;
-
-// Runs body(Team&) on num_threads threads. At most MAX_PHASES calls of share per region.
+// Runs body(Team&) on num_threads threads. The body captures by value, see pool.h; at most MAX_PHASES phases.
 template <class Body>
 void parallel(int num_threads, Body body) {
-  struct alignas(64) Counter : std::atomic<int64_t> {};
-  std::atomic<int64_t> counters[MAX_PHASES] = {};
   if (num_threads <= 1) {
-    Team team(0, 1, counters);
+    Team team(0, nullptr);
     body(team);
     return;
   }
-#pragma omp parallel num_threads(num_threads)
-  {
-    Team team(omp_get_thread_num(), omp_get_num_threads(), counters);
-    body(team);
-  }
+  struct BodyJob : Job {
+    BodyJob(int num_threads, Body body) : Job(num_threads), body(std::move(body)) {}
+    void run(int thread) override {
+      Team team(thread, this);
+      body(team);
+    }
+    const Body body;
+  };
+  stepflash::run_job(std::make_shared<BodyJob>(num_threads, std::move(body)));
 }
 
 }  // namespace SF_ISA

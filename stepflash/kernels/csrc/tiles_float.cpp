@@ -11,7 +11,6 @@ static void bf16_run(const uint8_t* panel, int64_t k, const Record&, const uint8
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
       const vi w0 = loadi(panel + pair * 128), w1 = loadi(panel + pair * 128 + 64);
-      if (M <= 4) prefetch(panel + PREFETCH_BYTES + pair * 128), prefetch(panel + PREFETCH_BYTES + pair * 128 + 64);
       for (int m = 0; m < M; ++m) {
         const vi x = broadcast4(tokens[m] + block * 2 + pair * 4);
         total[m][0] = dot2(total[m][0], w0, x);
@@ -85,7 +84,6 @@ static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_
       for (int pair = 0; pair < 8; ++pair) {
         vi w0, w1;
         decode(panel + pair * 64, w0, w1);
-        if (M <= 4) prefetch(panel + PREFETCH_BYTES + pair * 64);
         for (int m = 0; m < M; ++m) {
           const vi x = broadcast4(tokens[m] + (block + half) * 2 + pair * 4);
           acc[m][0] = dot2(acc[m][0], w0, x);

@@ -29,7 +29,6 @@ static inline void q4_k_group(const uint8_t* weights, const SixBits* bits, const
 #pragma GCC unroll 8
   for (int quad = 0; quad < 8; ++quad) {
     const vi w = loadi(weights + quad * 64);
-    prefetch(weights + PREFETCH_BYTES + quad * 64);
     for (int m = 0; m < M; ++m) {
       const vi x = broadcast4(tokens[m] + group * 32 + quad * 4);
       acc[m][0] = dot4(acc[m][0], w & low, x);
@@ -73,7 +72,7 @@ static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, cons
   for (int64_t block = 0; block < k / 256; ++block, panel += 6720) {
     const vf d[2] = {load_f16((const uint16_t*)panel), load_f16((const uint16_t*)panel + 16)};
     const int8_t* scales = (const int8_t*)panel + 64;
-    const uint8_t *ql = panel + 576, *qh = panel + 4672;
+    const uint8_t* bits = panel + 576;  // per eight k: low nibbles of each quad, then the high bits of both
     for (int group = 0; group < 8; ++group) {  // 32 k: one activation scale, two weight scales
       vi sum[M][2];
       for (int half = 0; half < 2; ++half) {
@@ -81,10 +80,8 @@ static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, cons
         for (int m = 0; m < M; ++m)
           acc[m][0] = acc[m][1] = set1i(((const int32_t*)(tokens[m] + record.sums))[block * 16 + group * 2 + half]);
 #pragma GCC unroll 2
-        for (int eight = 0; eight < 2; ++eight, qh += 64, ql += 128) {
-          const vi h = loadi(qh), l0 = loadi(ql), l1 = loadi(ql + 64);
-          prefetch(ql + PREFETCH_BYTES), prefetch(ql + PREFETCH_BYTES + 64);
-          if (half == 0) prefetch(qh + PREFETCH_BYTES);
+        for (int eight = 0; eight < 2; ++eight, bits += 192) {
+          const vi l0 = loadi(bits), l1 = loadi(bits + 64), h = loadi(bits + 128);
           const vi w00 = (l0 & low) | (shl<4>(h) & two), w01 = (shr<4>(l0) & low) | (shl<2>(h) & two);
           const vi w10 = (l1 & low) | (h & two), w11 = (shr<4>(l1) & low) | (shr<2>(h) & two);
           for (int m = 0; m < M; ++m) {

@@ -32,11 +32,9 @@ static void int_tile(const uint8_t* panel, int64_t k, const Record& record, cons
         const vi w = loadi(weights + quad * 64);
         w0 = w & low;
         w1 = w & high;
-        if (M <= 4) prefetch(weights + PREFETCH_BYTES + quad * 64);
       } else {
         w0 = loadi(weights + quad * 128);
         w1 = loadi(weights + quad * 128 + 64);
-        if (M <= 4) prefetch(weights + PREFETCH_BYTES + quad * 128), prefetch(weights + PREFETCH_BYTES + quad * 128 + 64);
       }
       for (int m = 0; m < M; ++m) {
         const vi x = broadcast4(tokens[m] + g * GROUP + quad * 4);
