@@ -14,10 +14,18 @@ from torch import Tensor
 
 from stepflash.errors import WeightsError
 from stepflash.gguf_file import GGML_TYPES, GGUFFile, GGUFTensor
+from stepflash.kernels.formats import PANEL, Format, pack_q4_k, pack_q6_k, pack_q8_0
 from stepflash.model.config import ModelConfig
 from stepflash.weights.dequantize import DEQUANTIZERS, PLAIN_DTYPES, dequantize
 from stepflash.weights.names import EXACT_NORM, ROPE_FREQS, expected, is_norm
-from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
+from stepflash.weights.packed import row_counts
+from stepflash.weights.stored import (
+    EXPANDED_CHUNK_BYTES,
+    PackedStorage,
+    StoredTensor,
+    TensorFile,
+    plain_values,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,32 @@ def _stored(released: str, tensor: GGUFTensor, file: TensorFile, exact: object) 
         values=partial(_values, file, tensor, minus),
         view=view,
         view_dtype=plain if view else None,
+        packed=_packed(file, tensor) if name in PACKERS and len(shape) > 1 else None,
     )
+
+
+# Block types that the kernels read without loss: their format, and how rows of blocks are re-arranged.
+PACKERS = {
+    "Q8_0": (Format.INT8_G32, pack_q8_0),
+    "Q4_K": (Format.Q4_K, pack_q4_k),
+    "Q6_K": (Format.Q6_K, pack_q6_k),
+}
+
+
+def _packed(file: TensorFile, tensor: GGUFTensor) -> PackedStorage:
+    fmt, pack = PACKERS[tensor.type_name]
+    k, num_rows = tensor.shape[:2]
+    num_matrices = tensor.num_elements // (k * num_rows)
+    row_bytes = tensor.num_bytes // (num_rows * num_matrices)
+
+    def pieces() -> Iterator[Tensor]:
+        offset = tensor.offset
+        for count in row_counts(num_rows, k, PANEL) * num_matrices:
+            (chunk,) = file.chunks(offset, count * row_bytes, count * row_bytes, count * row_bytes)
+            yield pack(chunk.view(count, row_bytes), k)
+            offset += count * row_bytes
+
+    return PackedStorage(fmt, pieces)
 
 
 def _exact_norm(released: str, tensor: GGUFTensor, exact: object) -> StoredTensor:

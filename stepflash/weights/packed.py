@@ -53,6 +53,12 @@ def num_packed_bytes(shape: tuple[int, ...], fmt: Format) -> int:
     return math.prod(shape[:-2]) * packed_bytes(fmt, *shape[-2:])
 
 
+def row_counts(num_rows: int, k: int, multiple: int) -> list[int]:
+    """How to cut a matrix into slabs of about a million values: a multiple of rows each, the last what is left."""
+    most = max(SLAB_ELEMENTS // k // multiple, 1) * multiple
+    return [min(most, num_rows - first) for first in range(0, num_rows, most)]
+
+
 # ---- floats to packed bytes ---------------------------------------------------------------------------------
 
 
@@ -62,11 +68,9 @@ def slabs(stored: StoredTensor) -> Iterator[Tensor]:
     A slab never reaches into the next matrix, and all but the last of a matrix have a multiple of 128 rows.
     """
     num_rows, k = stored.shape[-2:]
-    most = max(SLAB_ELEMENTS // k // SLAB_ROWS, 1) * SLAB_ROWS
-    counts = [min(most, num_rows - first) for first in range(0, num_rows, most)]
     pieces = stored.values()
     rest = torch.empty(0)
-    for count in counts * math.prod(stored.shape[:-2]):
+    for count in row_counts(num_rows, k, SLAB_ROWS) * math.prod(stored.shape[:-2]):
         slab = torch.empty(count * k)
         done = 0
         while done < slab.numel():

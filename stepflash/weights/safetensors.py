@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from stepflash.errors import WeightsError
-from stepflash.kernels.formats import Format
+from stepflash.kernels.formats import Format, pack_fp8
 from stepflash.weights.names import SCALE_SUFFIX, VISION_PREFIXES, Shape, released_name, scale_shape
-from stepflash.weights.packed import QUANT_METHOD, packed_tensors, released_of, stored_packed
-from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, StoredTensor, TensorFile, plain_values
+from stepflash.weights.packed import QUANT_METHOD, packed_tensors, released_of, row_counts, stored_packed
+from stepflash.weights.stored import (
+    EXPANDED_CHUNK_BYTES,
+    PackedStorage,
+    StoredTensor,
+    TensorFile,
+    plain_values,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -352,7 +358,23 @@ def _stored_fp8(released: str, entry: Entry, scale: Entry | None, block: tuple[i
         origin=entry.origin,
         values=lambda: _fp8_values(entry, scale, block),
         scales=lambda: read_scale(scale),
+        packed=PackedStorage(Format.FP8, lambda: _fp8_packed(entry, scale)) if block == (128, 128) else None,
     )
+
+
+def _fp8_packed(entry: Entry, scale: Entry) -> Iterator[Tensor]:
+    """The same bytes and scales in the order of the kernels."""
+    num_rows, k = entry.shape[-2:]
+    scales = read_scale(scale).view(-1, *scale.shape[-2:])  # [num_matrices, row blocks, column blocks]
+    offset = entry.offset
+    for matrix in scales:
+        block_rows = 0
+        for count in row_counts(num_rows, k, 128):
+            (chunk,) = entry.file.chunks(offset, count * k, count * k, count * k)
+            rows = chunk.view(torch.float8_e4m3fn).view(count, k)
+            yield pack_fp8(rows, matrix[block_rows : block_rows + -(-count // 128)])
+            offset += count * k
+            block_rows += count // 128
 
 
 def read_scale(scale: Entry) -> Tensor:
@@ -395,4 +417,15 @@ def _stacked(released: str, pieces: list[StoredTensor]) -> StoredTensor:
         origin=f"{pieces[0].origin} and {len(pieces) - 1} more experts",
         values=lambda: itertools.chain.from_iterable(piece.values() for piece in pieces),
         scales=(lambda: torch.stack([read() for read in scales])) if scales else None,
+        packed=_chained([piece.packed for piece in pieces]),
+    )
+
+
+def _chained(parts: list[PackedStorage | None]) -> PackedStorage | None:
+    """All experts packed one after the other, if they share a format."""
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts) or len({part.fmt for part in present}) != 1:
+        return None
+    return PackedStorage(
+        present[0].fmt, lambda: itertools.chain.from_iterable(part.pieces() for part in present)
     )
