@@ -46,6 +46,9 @@ class Step3p5ForCausalLM(nn.Module):
         self.rope_frequencies: dict[RopeConfig, Tensor] = {
             layer.rope: inverse_frequencies(layer.rope) for layer in config.layers
         }
+        # Kinds in the trunk, and which of them each layer is: a step must not hash configurations.
+        self._trunk_ropes = tuple(dict.fromkeys(layer.rope for layer in config.trunk_layers))
+        self._rope_kinds = tuple(self._trunk_ropes.index(layer.rope) for layer in config.trunk_layers)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, attend: Attend, route: Route | None = None
@@ -60,9 +63,9 @@ class Step3p5ForCausalLM(nn.Module):
             hidden_states [num_tokens, hidden_size], before the final norm (what MTP module 1 reads).
         """
         hidden_states: Tensor = self.model.embed_tokens(input_ids)
-        rotations = self.rotations(positions)
-        for layer in self.trunk_layers():
-            hidden_states = layer(hidden_states, rotations[layer.rope], attend, route)
+        rotations = [self.rotation(rope, positions) for rope in self._trunk_ropes]
+        for layer, kind in zip(self.trunk_layers(), self._rope_kinds, strict=True):
+            hidden_states = layer(hidden_states, rotations[kind], attend, route)
         return hidden_states
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -105,11 +108,6 @@ class Step3p5ForCausalLM(nn.Module):
 
     def rotation(self, rope: RopeConfig, positions: Tensor) -> Rotation:
         return rotation(self.rope_frequencies[rope].to(positions.device), positions)
-
-    def rotations(self, positions: Tensor) -> dict[RopeConfig, Rotation]:
-        """cos and sin of these positions for each kind of layer in the trunk."""
-        kinds = {layer.rope for layer in self.config.trunk_layers}
-        return {rope: self.rotation(rope, positions) for rope in kinds}
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:

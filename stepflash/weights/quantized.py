@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -150,16 +151,16 @@ class QuantAttention(nn.Module):
             for name, p in zip("qkvg", projections, strict=True)
         )
         self.o_proj = packer.pack(f"{prefix}.o_proj.weight", attention.o_proj.weight)
-        self._fused = _packed(self.projections)[:2]
         self._output = _packed([self.o_proj])
+        # Gathered once: looking up parameters of a module costs more than the calls' own bookkeeping.
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        fused = _packed(self.projections)[:2]
+        self._before = (self.norm_weight, *fused, *heads, self.q_norm, self.k_norm, self.eps)
 
     def forward(self, x: Tensor, cos_sin: Rotation, attend: Attend) -> Tensor:
         """x [num_tokens, hidden_size] -> x + attention(norm(x))."""
         cos, sin = cos_sin[0].squeeze(1), cos_sin[1].squeeze(1)
-        q, k, v, gate = ops.qkv_gate(
-            x, self.norm_weight, *self._fused, self.num_heads, self.num_kv_heads, self.head_dim,
-            self.q_norm, self.k_norm, self.eps, cos, sin,
-        )  # fmt: skip
+        q, k, v, gate = ops.qkv_gate(x, *self._before, cos, sin)
         attn_output = attend(self.layer_idx, q, k, v).flatten(1)
         return ops.linear(attn_output, *self._output, gate=gate, residual=x)
 
@@ -191,16 +192,10 @@ class QuantExperts(nn.Module):
             self.experts = packer.swiglu(
                 f"{prefix}.moe", moe.gate_proj.weight, moe.up_proj.weight, moe.down_proj.weight
             )
-        self._shared, self._experts = _packed(self.shared), _packed(self.experts)
-        self._num_experts = moe.gate.weight.shape[0] if moe is not None else 0
-
-    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
-        """x [num_tokens, hidden_size] -> x + feed_forward(norm(x))."""
-        topk_ids, topk_weights = self._replayed(x, route) if route is not None else (None, None)
-        shared, shared_formats, shared_sizes = self._shared
-        experts, expert_formats, expert_sizes = self._experts
-        return ops.moe(
-            x,
+        shared, shared_formats, shared_sizes = _packed(self.shared)
+        experts, expert_formats, expert_sizes = _packed(self.experts)
+        self._run = partial(
+            ops.moe,
             norm_weight=self.norm_weight,
             eps=self.eps,
             router_weight=self.router_weight,
@@ -209,17 +204,19 @@ class QuantExperts(nn.Module):
             scaling_factor=self.scaling_factor,
             experts=experts,
             expert_formats=expert_formats,
-            num_experts=self._num_experts,
+            num_experts=moe.gate.weight.shape[0] if moe is not None else 0,
             expert_size=expert_sizes[0] if expert_sizes else 0,
             limit=self.limit,
             shared=shared,
             shared_formats=shared_formats,
             shared_size=shared_sizes[0],
             shared_limit=self.shared_limit,
-            topk_ids=topk_ids,
-            topk_weights=topk_weights,
-            residual=x,
         )
+
+    def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
+        """x [num_tokens, hidden_size] -> x + feed_forward(norm(x))."""
+        topk_ids, topk_weights = self._replayed(x, route) if route is not None else (None, None)
+        return self._run(x, topk_ids=topk_ids, topk_weights=topk_weights, residual=x)
 
     def _replayed(self, x: Tensor, route: Route) -> tuple[Tensor | None, Tensor | None]:
         """The routing that `route` wants, as in `stepflash.model.moe`."""
