@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from stepflash.engine.kv_cache import KVCache, SequenceBlocks
 
-Array = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +54,64 @@ class TokenBatch:
 
 def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenBatch:
     """Lay spans end to end. Every span has at least one token, and its slots exist."""
-    size = cache.block_size
-    if len(spans) == 1:
-        # Single-stream decoding runs this up to four times per step: nothing but slices.
-        (span,) = spans
-        num_tokens = len(span.token_ids)
-        row, end = span.blocks.row, span.start + num_tokens
-        token_rows: int | Array = row
-        slots = np.arange(span.start, end)
-        flat: Sequence[int] = span.token_ids
-        bounds = np.array([0, num_tokens], dtype=np.int32)
-        context_lens = np.array([end], dtype=np.int32)
-        tables = [table[row : row + 1, : -(-end // size)] for table in cache.tables]
+    lengths = [len(span.token_ids) for span in spans]
+    bounds = [0, *accumulate(lengths)]
+    context_lens = [span.start + length for span, length in zip(spans, lengths, strict=True)]
+    if bounds[-1] <= FEW_TOKENS:
+        per_token = torch.tensor(_per_token(cache.block_size, spans, shift), dtype=torch.long)
     else:
-        rows = np.array([span.blocks.row for span in spans])
-        starts = np.array([span.start for span in spans])
-        counts = np.array([len(span.token_ids) for span in spans])
-        bounds = np.zeros(len(spans) + 1, dtype=np.int32)
-        np.cumsum(counts, out=bounds[1:])
-        token_rows = np.repeat(rows, counts)
-        slots = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
-        flat = [token_id for span in spans for token_id in span.token_ids]
-        context_lens = (starts + counts).astype(np.int32)
-        tables = [table[rows, : -(-int(context_lens.max()) // size)] for table in cache.tables]
-    index, offset = slots // size, slots % size
-    # One transfer for everything per token.
-    packed = np.empty((4, len(flat)), dtype=np.int64)
-    packed[0] = flat
-    packed[1] = slots - shift
-    for group, table in enumerate(cache.tables):
-        packed[2 + group] = table[token_rows, index] * np.int64(size) + offset
-
-    def to_device(array: Array) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if cache.device.type == "cpu" else tensor.to(cache.device)
-
-    input_ids, positions, full_slots, sliding_slots = to_device(packed).unbind(0)
+        per_token = torch.from_numpy(_per_token_vectorised(cache, spans, lengths, shift))
+    per_sequence = torch.tensor([*bounds, *context_lens], dtype=torch.int32)
+    num_blocks = -(-max(context_lens) // cache.block_size)
+    if len(spans) == 1:
+        row = spans[0].blocks.row
+        tables = [table[row : row + 1, :num_blocks] for table in cache.tables]
+    else:
+        rows = [span.blocks.row for span in spans]
+        tables = [table[rows, :num_blocks] for table in cache.tables]
+    block_tables = [torch.from_numpy(table) for table in tables]
+    if cache.device.type != "cpu":
+        per_token, per_sequence = per_token.to(cache.device), per_sequence.to(cache.device)
+        block_tables = [table.to(cache.device) for table in block_tables]
+    input_ids, positions, full_slots, sliding_slots = per_token.unbind(0)
     return TokenBatch(
         input_ids=input_ids,
         positions=positions,
         slot_mapping=(full_slots, sliding_slots),
-        block_tables=(to_device(tables[0]), to_device(tables[1])),
-        cu_seqlens=to_device(bounds),
-        context_lens=to_device(context_lens),
-        bounds=bounds.tolist(),
+        block_tables=(block_tables[0], block_tables[1]),
+        cu_seqlens=per_sequence[: len(bounds)],
+        context_lens=per_sequence[len(bounds) :],
+        bounds=bounds,
     )
+
+
+def _per_token(block_size: int, spans: Sequence[Span], shift: int) -> list[list[int]]:
+    """Ids, positions and slots of both groups. For few tokens plain Python beats a dozen array calls."""
+    input_ids: list[int] = []
+    positions: list[int] = []
+    full: list[int] = []
+    sliding: list[int] = []
+    for span in spans:
+        blocks, first = span.blocks, span.blocks.sliding_first
+        input_ids += span.token_ids
+        for slot in range(span.start, span.start + len(span.token_ids)):
+            index, offset = divmod(slot, block_size)
+            positions.append(slot - shift)
+            full.append(blocks.full[index] * block_size + offset)
+            sliding.append(blocks.sliding[index - first] * block_size + offset if blocks.sliding else 0)
+    return [input_ids, positions, full, sliding]
+
+
+def _per_token_vectorised(
+    cache: KVCache, spans: Sequence[Span], lengths: list[int], shift: int
+) -> npt.NDArray[np.int64]:
+    """The same as one array [4, num_tokens], for prompts."""
+    packed = np.empty((4, sum(lengths)), dtype=np.int64)
+    packed[0] = [token_id for span in spans for token_id in span.token_ids]
+    slots = np.concatenate([np.arange(s.start, s.start + n) for s, n in zip(spans, lengths, strict=True)])
+    packed[1] = slots - shift
+    rows = np.repeat([span.blocks.row for span in spans], lengths)
+    for group, table in enumerate(cache.tables):
+        blocks = table[rows, slots // cache.block_size].astype(np.int64)
+        packed[2 + group] = blocks * cache.block_size + slots % cache.block_size
+    return packed

@@ -22,28 +22,25 @@ class MtpState:
 
     `num_computed[k - 1]`: slots below it are in module k's cache. `pending[k - 1]`: what module k has yet to
     read, hidden states of module k - 1 (the trunk for k = 1) from slot num_computed[k - 1] - 1 on, or None.
+    `at_last_boundary[k - 1]`: the last block boundary that module k passed, and the row it read there.
     """
 
     num_computed: list[int] = field(default_factory=list)
     pending: list[Tensor | None] = field(default_factory=list)
+    at_last_boundary: list[tuple[int, Tensor] | None] = field(default_factory=list)
 
     @classmethod
     def at_start(cls, num_modules: int) -> MtpState:
         """Nothing computed; the first slot of module k is k."""
-        return cls(list(range(1, num_modules + 1)), [None] * num_modules)
+        return cls(list(range(1, num_modules + 1)), [None] * num_modules, [None] * num_modules)
 
     @classmethod
     def at_boundary(cls, num_tokens: int, carries: tuple[Tensor, ...]) -> MtpState:
         """After `num_tokens` tokens of a cached prefix; carries[k - 1] [1, hidden_size] is of the last one."""
-        return cls([num_tokens] * len(carries), list(carries))
+        return cls([num_tokens] * len(carries), list(carries), [None] * len(carries))
 
-    @property
-    def num_modules(self) -> int:
-        return len(self.num_computed)
-
-    def num_pending(self, module: int) -> int:
-        rows = self.pending[module - 1]
-        return 0 if rows is None else rows.shape[0]
+    def copy(self) -> MtpState:
+        return MtpState(list(self.num_computed), list(self.pending), list(self.at_last_boundary))
 
 
 @dataclass(slots=True, eq=False)

@@ -142,7 +142,7 @@ def advance(
         for job in jobs:
             seq = job.seq
             walk = stack.enter_context(Walk(seq.constraint, sampler))
-            job.mtp = MtpState(list(seq.mtp.num_computed), list(seq.mtp.pending))
+            job.mtp = seq.mtp.copy()
             job.drafts, job.carries = [], {}
             rows = _join(seq.mtp.pending[0], job.hidden_states) if seq.num_modules else None
             works.append(_Work(job, walk, rows, seq.num_computed, job.depth, 0))
@@ -247,16 +247,25 @@ def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:
 
 
 def _keep_carries(work: _Work, block_size: int) -> None:
-    """At each wanted boundary P: the states of slot P - 1 that the modules read for slot P."""
-    last = work.job.seq.num_computed // block_size * block_size
-    for boundary in work.job.snapshots | {last}:
+    """At each wanted boundary P: the states of slot P - 1 that the modules read for slot P.
+
+    Modules may pass the last boundary in different steps, so each one's state there is kept.
+    """
+    job = work.job
+    last = job.seq.num_computed // block_size * block_size
+    for boundary in job.snapshots | {last}:
         carries = []
-        for start, rows in work.feeds:
-            if rows is None or not 0 <= boundary - start < rows.shape[0]:
-                break
-            carries.append(rows[boundary - start : boundary - start + 1].clone())
-        if len(carries) == work.job.seq.num_modules:
-            work.job.carries[boundary] = tuple(carries)
+        for k, (start, rows) in enumerate(work.feeds):
+            kept = job.mtp.at_last_boundary[k]
+            if rows is not None and 0 <= boundary - start < rows.shape[0]:
+                row = rows[boundary - start : boundary - start + 1].clone()
+                if boundary == last:
+                    job.mtp.at_last_boundary[k] = last, row
+                carries.append(row)
+            elif kept is not None and kept[0] == boundary:
+                carries.append(kept[1])
+        if len(carries) == job.seq.num_modules:
+            job.carries[boundary] = tuple(carries)
 
 
 def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:

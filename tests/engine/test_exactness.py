@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.prefix import Node
 from stepflash.engine.sampler import Row
 from stepflash.engine.speculative import DraftJob
 from stepflash.kernels import build
@@ -203,8 +204,24 @@ def test_drafts_of_deferred_modules_are_exact(
     monkeypatch.setattr(core, "_commit_drafts", record)
     drive(core, request("a", golden[0], max_tokens=60, logit_bias=FEW_TOKENS))
     for token_ids, drafts in rounds:
-        check_drafts(model, token_ids, drafts, FEW_TOKENS)
+        if drafts:
+            check_drafts(model, token_ids, drafts, FEW_TOKENS)
     assert sum(len(drafts) for _, drafts in rounds) > 30
+    # Wherever the modules stood, the end of the answer can be continued, drafts included.
+    (snapshot,) = [node for _, node in core.prefix.snapshots() if node.depth * 8 > len(golden[0])]  # type: ignore[union-attr]
+    assert snapshot.depth == (len(golden[0]) + 60 - 1) // 8
+    rounds.clear()
+    whole = [t for node in path_to(snapshot) for t in node.token_ids]
+    warm = drive(core, request("warm", [*whole, 7, 31], max_tokens=8, draft_depth=3, logit_bias=FEW_TOKENS))[
+        "warm"
+    ]
+    assert warm.stats.num_cached_tokens == len(whole)
+    for token_ids, drafts in rounds:
+        check_drafts(model, token_ids, drafts, FEW_TOKENS)
+
+
+def path_to(node: Node) -> list[Node]:
+    return [] if node.parent is None else [*path_to(node.parent), node]
 
 
 def check_drafts(
