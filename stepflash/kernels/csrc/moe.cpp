@@ -12,6 +12,8 @@
 
 namespace SF_ISA {
 
+constexpr int64_t FEW_TOKENS = 6;
+
 // scores[e] = <x, weight[e]> in float32, always in this order of summation.
 SF_INLINE void router_dot(const float* x, const float* weight, int64_t n, float* score) {
   vf sum[4] = {zero(), zero(), zero(), zero()};
@@ -90,20 +92,37 @@ struct Expert {
     const int64_t begin = index * chunk, end = std::min(begin + chunk, padded_k(down.format, down.k));
     const int64_t k = padded_k(gate.format, gate.k);
     const uint8_t *gates = gate.data + e * gate.bytes(), *ups = up.data + e * up.bytes();
-    float g[MAX_TILE * PANEL], u[MAX_TILE * PANEL], h[MAX_TILE][128];
+    // Beyond the last hidden unit lies the padding of down's k.
+    const int64_t last = std::max(begin, std::min(end, gate.panels() * PANEL));
+    float tile[MAX_TILE * PANEL], h[MAX_TILE][128];
     for (int64_t t = 0; t < count;) {
       const int m = tile_tokens(count - t);
-      for (int64_t row = begin; row < end; row += PANEL) {
-        const int64_t panel = row / PANEL;
-        if (panel >= gate.panels()) {  // the padding of down's k
-          for (int i = 0; i < m; ++i) std::memset(h[i] + row - begin, 0, PANEL * 4);
-          continue;
-        }
-        TILES[gate.format](gates + panel * gate.panel_stride, k, in, tokens + t, m, g);
-        TILES[up.format](ups + panel * up.panel_stride, k, in, tokens + t, m, u);
-        for (int i = 0; i < m; ++i) swiglu(g + i * PANEL, u + i * PANEL, limit, h[i] + row - begin, PANEL);
+      // All gate rows, then all up rows: two long streams of memory.
+      for (int64_t row = begin; row < last; row += PANEL) {
+        TILES[gate.format](gates + row / PANEL * gate.panel_stride, k, in, tokens + t, m, tile);
+        for (int i = 0; i < m; ++i) std::memcpy(h[i] + row - begin, tile + i * PANEL, PANEL * 4);
       }
+      for (int64_t row = begin; row < last; row += PANEL) {
+        TILES[up.format](ups + row / PANEL * up.panel_stride, k, in, tokens + t, m, tile);
+        for (int i = 0; i < m; ++i) swiglu(h[i] + row - begin, tile + i * PANEL, limit, h[i] + row - begin, PANEL);
+      }
+      for (int i = 0; i < m && last < end; ++i) std::memset(h[i] + last - begin, 0, (end - last) * 4);
       for (int i = 0; i < m; ++i) write_record(down.format, hidden, h[i], begin, end - begin, hidden_records[t + i]);
+      t += m;
+    }
+  }
+
+  // outputs[token][rows of the panels] = down(hidden) for a list of tokens.
+  void down_rows(int64_t e, int64_t panel_begin, int64_t panel_end, const uint8_t* const* hidden_records, int64_t count,
+                 float* outputs, int64_t stride) const {
+    const int64_t k = padded_k(down.format, down.k);
+    float tile[MAX_TILE * PANEL];
+    for (int64_t t = 0; t < count;) {
+      const int m = tile_tokens(count - t);
+      for (int64_t p = panel_begin; p < panel_end; ++p) {
+        TILES[down.format](down.data + e * down.bytes() + p * down.panel_stride, k, hidden, hidden_records + t, m, tile);
+        for (int i = 0; i < m; ++i) std::memcpy(outputs + (t + i) * stride + p * PANEL, tile + i * PANEL, PANEL * 4);
+      }
       t += m;
     }
   }
@@ -168,11 +187,14 @@ void moe(const MoeArgs& args) {
   // Slots sorted by expert, ascending token within: token, weight, input record, hidden record.
   const int64_t token_offset = layout.add(slots * 4), sorted_weight = layout.add(slots * 4);
   const int64_t input_offset = layout.add((slots + tokens) * 8), record_offset = layout.add((slots + tokens) * 8);
+  // Few tokens: each expert's output apart, so that its weights are read in long streams.
+  const bool few = tokens <= FEW_TOKENS;
+  const int64_t part_offset = layout.add(few ? (slots + tokens) * sum_stride * 4 : 0);
   const int64_t start_offset = layout.add((experts + 1) * 8), active_offset = layout.add(experts * 8);
   uint8_t* base = workspace(0, layout.bytes);
   float *x = (float*)(base + x_offset), *sums = (float*)(base + sum_offset), *scores = (float*)(base + score_offset);
   int64_t* ids = (int64_t*)(base + id_offset);
-  float *weights = (float*)(base + weight_offset), *slot_weight = (float*)(base + sorted_weight);
+  float *parts = (float*)(base + part_offset), *weights = (float*)(base + weight_offset), *slot_weight = (float*)(base + sorted_weight);
   int32_t* slot_token = (int32_t*)(base + token_offset);
   const uint8_t** inputs = (const uint8_t**)(base + input_offset);
   uint8_t** hidden_records = (uint8_t**)(base + record_offset);
@@ -234,16 +256,34 @@ void moe(const MoeArgs& args) {
         routed.gate_up(e, (item - shared_items) % routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
       }
     });
-    const int64_t panels = num_panels(hidden), per_item = tokens > 16 ? 4 : 1;
-    team.share((panels + per_item - 1) / per_item, [&](int64_t item) {
-      const int64_t begin = item * per_item, end = std::min(begin + per_item, panels);
+    constexpr int64_t PER_ITEM = 4;  // panels
+    const int64_t panels = num_panels(hidden), groups = (panels + PER_ITEM - 1) / PER_ITEM;
+    if (few) {
+      team.share((*num_active + has_shared) * groups, [&](int64_t item) {
+        const int64_t begin = item % groups * PER_ITEM, end = std::min(begin + PER_ITEM, panels), a = item / groups;
+        if (a < *num_active) {
+          const int64_t first = start[active[a]], count = start[active[a] + 1] - first;
+          routed.down_rows(active[a], begin, end, hidden_records + first, count, parts + first * sum_stride, sum_stride);
+        } else {
+          shared.down_rows(0, begin, end, hidden_records + slots, tokens, parts + slots * sum_stride, sum_stride);
+        }
+      });
+    }
+    team.share(groups, [&](int64_t item) {
+      const int64_t begin = item * PER_ITEM, end = std::min(begin + PER_ITEM, panels);
       for (int64_t t = 0; t < tokens; ++t)
         std::memset(sums + t * sum_stride + begin * PANEL, 0, (end - begin) * PANEL * 4);
-      for (int64_t a = 0; a < *num_active; ++a) {
+      for (int64_t s = 0; few && s < slots + (has_shared ? tokens : 0); ++s) {
+        float* sum = sums + (s < slots ? slot_token[s] : s - slots) * sum_stride;
+        const vf w = set1(s < slots ? slot_weight[s] : 1.0f);
+        for (int64_t i = begin * PANEL; i < end * PANEL; i += LANES)
+          store(sum + i, fma(load(parts + s * sum_stride + i), w, load(sum + i)));
+      }
+      for (int64_t a = 0; !few && a < *num_active; ++a) {
         const int64_t e = active[a], first = start[e], count = start[e + 1] - first;
         routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, sum_stride);
       }
-      if (has_shared) shared.add_down(0, begin, end, hidden_records + slots, nullptr, nullptr, tokens, sums, sum_stride);
+      if (has_shared && !few) shared.add_down(0, begin, end, hidden_records + slots, nullptr, nullptr, tokens, sums, sum_stride);
       const int64_t width = std::min(end * PANEL, hidden) - begin * PANEL;
       for (int64_t t = 0; t < tokens; ++t)
         store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * sum_stride + begin * PANEL);
