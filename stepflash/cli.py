@@ -280,6 +280,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "chat": ("chat in the terminal", _add_chat, _chat),
     "serve": ("serve the OpenAI API and a chat page", _add_serve, _serve),
     "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
+    "convert": ("a model as GGUF or safetensors", *_tool("convert")),
     "quantize": ("a model in fewer bits, with a receipt", *_tool("quantize_command")),
     "plan": ("what fits on a machine, how fast it can be, how to run it", *_tool("plan_command")),
     "cost": ("decoding cost of models, after the model card's table", *_tool("cost_command")),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from stepflash.errors import ConfigError
 
+_T = TypeVar("_T")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
 HUGGING_FACE_JSON = (
     "tokenizer.huggingface.json"  # a whole tokenizer.json; rare, but files of stepflash have it
@@ -69,8 +70,9 @@ def backend_from_gguf(metadata: Mapping[str, Any], *, source: str) -> tokenizers
         raise ConfigError(
             f"{source}: tokenizer.ggml.tokens or tokenizer.ggml.merges is missing; convert it again"
         )
+    tokens, merges = _list_of(str, tokens, "tokens", source), _list_of(str, merges, "merges", source)
     types = metadata.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if types is None else [int(value) for value in types]
+    types = [NORMAL] * len(tokens) if types is None else _list_of(int, types, "token_type", source)
     if len(types) != len(tokens):
         raise ConfigError(f"{source}: {len(types)} token types for {len(tokens)} tokens; convert it again")
 
@@ -91,6 +93,14 @@ def backend_from_gguf(metadata: Mapping[str, Any], *, source: str) -> tokenizers
             ]
         )
     return backend
+
+
+def _list_of(kind: type[_T], values: object, key: str, source: str) -> list[_T]:
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ConfigError(
+            f"{source}: tokenizer.ggml.{key} is not a list of {kind.__name__}; convert it again"
+        )
+    return values
 
 
 def split_sequence(patterns: Iterable[str]) -> pre_tokenizers.PreTokenizer:
@@ -116,8 +126,14 @@ def _backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
 
 
 def special_ids_from_gguf(metadata: Mapping[str, Any]) -> tuple[int | None, list[int]]:
-    """The bos id, or None, and the ids that end a turn or a text."""
+    """The bos id, or None, and the ids that end a turn or a text; ConfigError if they are none."""
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos += metadata.get("stepflash.eos_token_ids", [])
-    return (None if bos is None else int(bos)), [int(token_id) for token_id in eos if token_id is not None]
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    more = metadata.get("stepflash.eos_token_ids", [])
+    found = [
+        token_id
+        for token_id in (*ends, *(more if isinstance(more, list) else [more]))
+        if token_id is not None
+    ]
+    ids = _list_of(int, [*found, 0 if bos is None else bos], "*_token_id", "the GGUF")
+    return (None if bos is None else ids[-1]), ids[:-1]

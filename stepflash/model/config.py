@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from stepflash.errors import ConfigError
 from stepflash.model import cost
@@ -20,6 +20,7 @@ from stepflash.model import cost
 FULL, SLIDING = "full_attention", "sliding_attention"
 MODEL_TYPES = ("step3p5", "step3p5_text", "step3p7", "step3p7_text")
 DEFAULT_EPS = 1e-5
+MAX_LAYERS = 10_000  # a damaged file must not make us build a list of 2^32 layers
 DTYPE_BYTES = {
     "float32": 4,
     "bfloat16": 2,
@@ -167,6 +168,11 @@ def _refuse(key: str, value: object, reason: str) -> NoReturn:
     raise ConfigError(f"config: {key} = {shown if len(shown) < 80 else shown[:77] + '...'}: {reason}")
 
 
+def _is_whole(value: object) -> TypeGuard[float]:
+    """An integer, also one written as 3.0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+
+
 class _Reader:
     """Typed look-ups in a raw mapping; every refusal names the key."""
 
@@ -182,7 +188,7 @@ class _Reader:
         value = self.get(key, default)
         if value is None:
             _refuse(self.prefix + key, None, "missing; it has no safe default")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if not _is_whole(value):
             _refuse(self.prefix + key, value, "must be an integer")
         if value < minimum:
             _refuse(self.prefix + key, value, f"must be at least {minimum}")
@@ -206,6 +212,8 @@ class _Reader:
         value = self.get(key)
         if value is None:
             return None
+        if num_layers + num_mtp_layers > MAX_LAYERS:
+            _refuse(self.prefix + key, value, f"cannot be that of {num_layers} layers (at most {MAX_LAYERS})")
         if not isinstance(value, Sequence) or isinstance(value, str):
             return [value] * (num_layers + num_mtp_layers)
         if len(value) == num_layers + num_mtp_layers:
@@ -461,8 +469,11 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     layers = []
     for i, slides in enumerate(sliding):
         twin = next((j for j in range(num_layers) if sliding[j] == slides), i)
-        heads = int(num_heads[i] if num_heads[i] is not None else num_heads[twin])
-        kv_heads = int(num_kv_heads[i] if num_kv_heads[i] is not None else num_kv_heads[twin])
+        heads = num_heads[i] if num_heads[i] is not None else num_heads[twin]
+        kv_heads = num_kv_heads[i] if num_kv_heads[i] is not None else num_kv_heads[twin]
+        if not (_is_whole(heads) and _is_whole(kv_heads) and heads > 0):
+            _refuse("step35.attention.head_count", heads, f"and {kv_heads!r} must be numbers of heads")
+        heads, kv_heads = int(heads), int(kv_heads)
         if kv_heads < 1 or heads % kv_heads:
             _refuse("step35.attention.head_count", heads, f"is not a multiple of head_count_kv = {kv_heads}")
         layers.append(
@@ -485,8 +496,10 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
     tokens = metadata.get("tokenizer.ggml.tokens")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     eos_ids = metadata.get("stepflash.eos_token_ids", [] if eos is None else [eos])  # ours keep all of them
+    if not isinstance(eos_ids, list) or not all(map(_is_whole, eos_ids)):
+        _refuse("tokenizer.ggml.eos_token_id", eos_ids, "must be token ids")
     return ModelConfig(
-        vocab_size=read.integer("vocab_size", default=len(tokens) if tokens else None),
+        vocab_size=read.integer("vocab_size", default=len(tokens) if isinstance(tokens, list) else None),
         hidden_size=read.integer("embedding_length"),
         intermediate_size=read.integer("feed_forward_length"),
         num_layers=num_layers,
@@ -498,9 +511,14 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         shared_expert_intermediate_size=read.integer(
             "expert_shared_feed_forward_length", "expert_feed_forward_length"
         ),
-        router_scaling_factor=read.number("expert_weights_scale", 1.0),
-        rms_norm_eps=read.number("attention.layer_norm_rms_epsilon", DEFAULT_EPS),
+        router_scaling_factor=_as_written(read.number("expert_weights_scale", 1.0)),
+        rms_norm_eps=_as_written(read.number("attention.layer_norm_rms_epsilon", DEFAULT_EPS)),
         max_position_embeddings=read.integer("context_length"),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=tuple(int(token_id) for token_id in eos_ids),
     )
+
+
+def _as_written(value: float) -> float:
+    """1e-05 for the 9.999999747378752e-06 that float32 makes of it: 7 digits survive a float32."""
+    return float(f"{value:.7g}")

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepflash.errors import ConfigError, WeightsError
+from stepflash.errors import ConfigError
 from stepflash.gguf_file import GGML_TYPES, TYPE_IDS, TensorToWrite, TypedValue, tensor_num_bytes
 from stepflash.model.config import LayerConfig, ModelConfig
 from stepflash.model.rope import inverse_frequencies
 from stepflash.weights.checkpoint import Checkpoint
 from stepflash.weights.names import EXACT_NORM, ROPE_FREQS, ExpectedTensor, expected, is_norm
 from stepflash.weights.quantize_gguf import encode_pieces
-from stepflash.weights.stored import StoredTensor
+from stepflash.weights.stored import StoredTensor, small_pieces
 
 Advance = Callable[[int], None]
 
@@ -140,18 +140,25 @@ def rotary_divisors(config: ModelConfig) -> Tensor | None:
 
 
 def norms_to_keep(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, TypedValue]:
-    """The norms of which (1 + w) - 1 in float32 is not w bit for bit, whole, as metadata.
-
-    For a bf16 w that happens below 2^-17 or so, and to -0; for a float32 w almost always.
-    """
-    kept = {}
+    """Metadata for the norms that a GGUF would round."""
+    kept: dict[str, TypedValue] = {}
     for row in expected(config):
         if is_norm(row.released):
             exact = torch.empty(row.shape)
             checkpoint.tensors[row.released].fill(exact)
-            if not torch.equal(((exact + 1.0) - 1.0).view(torch.int32), exact.view(torch.int32)):
-                kept[EXACT_NORM + row.gguf] = TypedValue("f32", exact.tolist())
+            kept |= norm_to_keep(row, exact) or {}
     return kept
+
+
+def norm_to_keep(row: ExpectedTensor, exact: Tensor) -> dict[str, TypedValue] | None:
+    """The whole norm as metadata if (1 + w) - 1 in float32 is not w, bit for bit; else None.
+
+    For a bf16 w that happens below 2^-16, and to -0; for a float32 w almost always.
+    """
+    returned = (exact + 1.0) - 1.0
+    if torch.equal(returned.view(torch.int32), exact.view(torch.int32)):
+        return None
+    return {EXACT_NORM + row.gguf: TypedValue("f32", exact.tolist())}
 
 
 def tensor_types(config: ModelConfig, preset: str) -> dict[str, str]:
@@ -223,9 +230,6 @@ def _chunks(stored: StoredTensor, is_norm: bool, type_name: str, advance: Advanc
 
 
 def _pieces(stored: StoredTensor, is_norm: bool, advance: Advance) -> Iterator[Tensor]:
-    for piece in stored.values():
-        finite = piece if piece.dtype == torch.float32 else piece.float()
-        if not bool(finite.isfinite().all()):
-            raise WeightsError(f"{stored.origin}: has NaN or infinite values; it cannot be converted")
+    for piece in small_pieces(stored):
         yield piece.float() + 1.0 if is_norm else piece
         advance(piece.numel())

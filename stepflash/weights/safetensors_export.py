@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +21,11 @@ from stepflash.model.config import FULL, SLIDING, LayerConfig, ModelConfig
 from stepflash.weights.checkpoint import Checkpoint
 from stepflash.weights.names import Shape, expected_tensors, keeps_float32
 from stepflash.weights.safetensors import INDEX_NAME, PLAIN_DTYPES
-from stepflash.weights.stored import StoredTensor
+from stepflash.weights.stored import StoredTensor, small_pieces
 
 SHARD_BYTES = 5_000_000_000
 TYPES = {"f32": "F32", "bf16": "BF16"}
+PER_LAYER = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits", "swiglu_limits_shared")
 Advance = Callable[[int], None]
 
 
@@ -116,10 +116,8 @@ def _write_shard(path: Path, shard: list[Planned], advance: Advance) -> None:
 
 def _bytes(tensor: Planned, advance: Advance) -> Iterator[bytes]:
     dtype = PLAIN_DTYPES[tensor.dtype_name]
-    for piece in tensor.stored.values():
-        if not bool(piece.float().isfinite().all()):
-            raise WeightsError(f"{tensor.stored.origin}: has NaN or infinite values; it cannot be converted")
-        yield piece.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    for piece in small_pieces(tensor.stored):
+        yield piece.to(dtype).view(torch.uint8).numpy().tobytes()
         advance(piece.numel())
 
 
@@ -135,6 +133,9 @@ def edited_config(raw: Mapping[str, Any], config: ModelConfig, type_name: str) -
     edited |= {"architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5"}
     edited["torch_dtype"] = _torch_dtype(type_name)
     edited["num_nextn_predict_layers"] = config.num_mtp_layers
+    for key in PER_LAYER:
+        if isinstance(edited.get(key), list):
+            edited[key] = edited[key][: len(config.layers)]
     return edited
 
 
@@ -159,7 +160,7 @@ def config_from_model(config: ModelConfig, type_name: str) -> dict[str, Any]:
         "max_seq_len": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
-        "rms_norm_eps": _shortest(config.rms_norm_eps),
+        "rms_norm_eps": config.rms_norm_eps,
         "att_impl_type": "GQA",
         "use_qk_norm": True,
         "zero_centered": True,
@@ -182,7 +183,7 @@ def config_from_model(config: ModelConfig, type_name: str) -> dict[str, Any]:
         "moe_every_n_layer": 1,
         "norm_expert_weight": True,
         "moe_router_activation": "sigmoid",
-        "moe_router_scaling_factor": _shortest(config.router_scaling_factor),
+        "moe_router_scaling_factor": config.router_scaling_factor,
         "use_moe_router_bias": True,
         "need_fp32_gate": True,
         "swiglu_limits": [layer.swiglu_limit or 0.0 for layer in layers],
@@ -212,8 +213,3 @@ def _heads(layer: LayerConfig) -> dict[str, int]:
 
 def _torch_dtype(type_name: str) -> str:
     return {"f32": "float32", "bf16": "bfloat16"}[type_name]
-
-
-def _shortest(value: float) -> float:
-    """1e-05 for what a GGUF gives back as 9.999999747378752e-06: the shortest number with the same float32."""
-    return float(np.format_float_scientific(np.float32(value), unique=True))

@@ -129,6 +129,21 @@ def plain_values(file: TensorFile, offset: int, count: int, dtype: torch.dtype) 
         yield chunk.view(dtype)
 
 
+def small_pieces(stored: StoredTensor, limit: int = 1 << 19) -> Iterator[Tensor]:
+    """The values in flat pieces of at most `limit` elements, checked: for code that needs several copies of each.
+
+    Raises:
+        WeightsError: a value is NaN or infinite.
+    """
+    for piece in stored.values():
+        flat = piece.reshape(-1)
+        for start in range(0, flat.numel(), limit):
+            part = flat[start : start + limit]
+            if not bool(part.isfinite().all()):
+                raise WeightsError(f"{stored.origin}: has NaN or infinite values; it cannot be converted")
+            yield part
+
+
 def shortened(items: list[str], limit: int = 5) -> str:
     """`a, b, c and 12 more`: lists in messages stay on one readable line."""
     more = len(items) - limit
