@@ -76,7 +76,7 @@ CONFIG: dict[str, Any] = {
 class Recipe:
     """Numbers of a run. Shares are of the run's tokens."""
 
-    tokens: int = 6_000_000
+    tokens: int = 6_850_000
     tokens_per_pack: int = 6144
     max_document_tokens: int = 1024
     peak_lr: float = 4e-3
