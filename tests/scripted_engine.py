@@ -70,6 +70,9 @@ class ScriptedEngine:
         pieces = list(_split(token_ids, self.bursts))
         for index, piece in enumerate(pieces):
             await asyncio.sleep(self.pause)
+            if request.request_id in self.aborted:
+                yield Output(request_id=request.request_id, finish_reason="abort", stats=stats)
+                return
             if self.error is not None and index == self.error_after:
                 yield Output(request_id=request.request_id, finish_reason="error", error=self.error)
                 return

@@ -72,14 +72,16 @@ class Session:
         rendered = self.template.render(
             conversation.messages, tools=conversation.tools, variables=template_variables
         )
-        if not rendered.opens_thought:
-            prefill = prefill.removeprefix(NO_THINKING)
-        token_ids, cut_points = self.tokenizer.encode_with_cuts(rendered.text + prefill, rendered.cut_points)
+        given = prefill.removeprefix(NO_THINKING)
+        in_reasoning = rendered.opens_thought and given == prefill
+        text = rendered.text + (prefill if rendered.opens_thought else given)
+        token_ids, cut_points = self.tokenizer.encode_with_cuts(text, rendered.cut_points)
         return Prompt(
             request=self._request(token_ids, sampling, cut_points),
-            in_reasoning=rendered.opens_thought,
+            # Read as an answer without thought, so that one which the model begins all the same is found.
+            in_reasoning=in_reasoning,
             tools=(*conversation.tools, *extra_tools),
-            prefill=prefill,
+            prefill=prefill if in_reasoning else given,
             max_tool_calls=max_tool_calls,
         )
 

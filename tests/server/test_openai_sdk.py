@@ -85,3 +85,77 @@ def test_text_completion_and_models() -> None:
     assert completion.choices[0].text == " world"
     model = asyncio.run(client_for("x").models.retrieve("scripted"))
     assert model.id == "scripted"
+
+
+RESPONSE_TOOLS = [
+    {
+        "type": "function",
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": False,
+    },
+    {"type": "custom", "name": "patch"},
+]
+PATCH = "<tool_call>\n<function=patch>\n<parameter=input>\n*** x\n</parameter>\n</function>\n</tool_call>"
+
+
+def test_a_whole_response_is_stored_and_continued() -> None:
+    async def run() -> Any:
+        client = client_for("t\n</think>\nHi" + END)
+        first = await client.responses.create(model="scripted", input="hello")
+        second = await client.responses.create(
+            model="scripted", input="again", previous_response_id=first.id, instructions="Be brief."
+        )
+        assert (await client.responses.retrieve(second.id)).output_text == second.output_text
+        await client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(first.id)
+        return second
+
+    response = asyncio.run(run())
+    assert (response.output_text, response.status) == ("Hi", "completed")
+    assert response.output[0].content[0].text == "t"
+    assert response.usage.output_tokens_details.reasoning_tokens == 3
+    # Strictly by the package's own types, which the client itself does not insist on.
+    type(response).model_validate(response.to_dict(), strict=False)
+
+
+def test_the_streaming_helper_of_responses_gives_the_same() -> None:
+    text = "t\n</think>\nHi" + CALL + PATCH + "bye" + END
+
+    async def run() -> tuple[list[Any], Any]:
+        async with client_for(text).responses.stream(
+            model="scripted", input="hello", tools=RESPONSE_TOOLS
+        ) as stream:
+            events = [event async for event in stream]
+            return events, await stream.get_final_response()
+
+    events, response = asyncio.run(run())
+    assert [item.type for item in response.output] == [
+        "reasoning",
+        "message",
+        "function_call",
+        "custom_tool_call",
+        "message",
+    ]
+    assert response.output_text == "Hibye"
+    assert response.output[2].arguments == '{"city": "Oslo"}'
+    assert response.output[3].input == "*** x"
+    for event in events:
+        type(event).model_validate(event.to_dict())
+    whole = asyncio.run(
+        client_for(text).responses.create(model="scripted", input="hello", tools=RESPONSE_TOOLS)
+    )
+    assert whole.output_text == response.output_text
+    assert whole.usage == response.usage
+
+
+def test_errors_of_responses_have_their_class() -> None:
+    for options, error in (
+        ({"model": "other"}, openai.NotFoundError),
+        ({"temperature": -1}, openai.BadRequestError),
+        ({"previous_response_id": "resp_x"}, openai.BadRequestError),
+    ):
+        call = client_for("x").responses.create(**{"model": "scripted", "input": "hello", **options})
+        with pytest.raises(error):
+            asyncio.run(call)
