@@ -62,6 +62,8 @@ def print_report(values: dict[str, Any], console: Console) -> None:
     )
     _print_tokenizer(values["tokenizer"], line)
     _print_tensors(values["tensors"], line)
+    if receipt := values["receipt"]:
+        line("receipt", receipt.get("error") or receipt["verdict"], "red" if "error" in receipt else "")
     if "verified" in values:
         _print_verified(values["verified"], line)
 
@@ -143,6 +145,8 @@ def _print_verified(verified: dict[str, Any], line: Line) -> None:
         f"{verified['num_tensors']} tensors read in {verified['seconds']:.1f} s: {verdict}",
         "green" if verified["passed"] else "red",
     )
+    if "receipt" in verified:
+        line("", verified["receipt"], "green")
     predictions = verified.get("predictions")
     if predictions is None:
         return

@@ -17,7 +17,9 @@ from stepflash.chat.tokenizer import Tokenizer
 from stepflash.errors import StepflashError
 from stepflash.model import cost
 from stepflash.model.config import LayerConfig, ModelConfig
+from stepflash.weights.checkpoint import is_packed, open_checkpoint
 from stepflash.weights.hub import resolve_model
+from stepflash.weights.receipt import Receipt, read_receipt, verdict
 from stepflash.weights.verify import (
     ENGLISH_PARAGRAPH,
     check_predictions,
@@ -69,6 +71,7 @@ def model_report(path: Path) -> dict[str, Any]:
         },
         "tokenizer": _tokenizer(path, config),
         "tensors": _tensors(path),
+        "receipt": _receipt(path),
     }
 
 
@@ -88,8 +91,30 @@ def verify(path: Path, on_progress: Callable[[int, int], None] | None = None) ->
         "seconds": round(result.seconds, 3),
         "findings": [asdict(finding) for finding in result.findings],
     }
+    if (receipt := _open_receipt(path)) is not None:
+        for tensor in result.inspection.checkpoint.tensors.values():
+            receipt.check(tensor)
+        values["receipt"] = "every tensor has the digest of its receipt"
     if result.passed:
         values["predictions"] = _predictions(path, result.inspection.config)
+    return values
+
+
+def _open_receipt(path: Path) -> Receipt | None:
+    return read_receipt(path) if path.is_dir() else None
+
+
+def _receipt(path: Path) -> dict[str, Any]:
+    """What the receipt of a quantised checkpoint says; empty for all others."""
+    try:
+        if not path.is_dir() or not is_packed(open_checkpoint(path)):
+            return {}
+        receipt = read_receipt(path)
+    except StepflashError as error:
+        return {"error": str(error)}
+    values: dict[str, Any] = {"verdict": verdict(receipt), "is_good": receipt.is_good if receipt else None}
+    if values["is_good"] is False:
+        values["error"] = values["verdict"]
     return values
 
 
@@ -116,7 +141,7 @@ def is_complete(values: dict[str, Any]) -> bool:
     if values["path"].endswith(".json"):
         return True
     tensors = values["tensors"]
-    problems = [values["tokenizer"].get("error")]
+    problems = [values["tokenizer"].get("error"), values["receipt"].get("error")]
     problems += [tensors.get(key) for key in ("error", "missing", "unexpected", "wrong_shape")]
     return not any(problems) and values.get("verified", {}).get("passed", True)
 

@@ -58,7 +58,7 @@ class Recipe:
     rules: tuple[tuple[str, str], ...] = ()
 
     def format_name(self, released: str) -> str:
-        return match(dict(self.rules), released, self.format)
+        return match(self.rules, released, self.format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def plan_tensors(checkpoint: Checkpoint, recipe: Recipe) -> list[Planned]:
             raise ConfigError(f"{name} and {up} run as one and must have one format; protect both or neither")
     packable = [tensor.stored.name for tensor in planned if tensor.fmt is not None]
     for pattern, _ in recipe.rules:
-        if not any(match({pattern: "x"}, name, "") for name in packable):
+        if not any(match([(pattern, "x")], name, "") for name in packable):
             raise ConfigError(f"the pattern {pattern!r} matches no weight that can be quantised")
     return planned
 

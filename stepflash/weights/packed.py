@@ -25,7 +25,7 @@ from torch import Tensor
 from stepflash.errors import ConfigError, WeightsError
 from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
 from stepflash.weights.quantized import PackedWeight, Packer
-from stepflash.weights.stored import PackedStorage, StoredTensor, TensorFile
+from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, PackedStorage, StoredTensor, TensorFile
 
 QUANT_METHOD, VERSION = "stepflash", 1
 SUFFIX = "qweight"
@@ -161,7 +161,7 @@ def stored_packed(
         num_bytes=num_bytes,
         origin=origin,
         values=partial(_values, fmt, shape, file, offset, num_bytes),
-        packed=PackedStorage(fmt, lambda: file.chunks(offset, num_bytes, 1)),
+        packed=PackedStorage(fmt, lambda: file.chunks(offset, num_bytes, 1, EXPANDED_CHUNK_BYTES)),
     )
 
 
@@ -240,6 +240,6 @@ def format_of(stored: StoredTensor, name: str) -> Format:
     return fmt
 
 
-def match(rules: Mapping[str, str], name: str, default: str) -> str:
+def match(rules: Iterable[tuple[str, str]], name: str, default: str) -> str:
     """The format of the first shell pattern that matches a released name."""
-    return next((fmt for pattern, fmt in rules.items() if fnmatchcase(name, pattern)), default)
+    return next((fmt for pattern, fmt in rules if fnmatchcase(name, pattern)), default)
