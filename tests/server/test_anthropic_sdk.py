@@ -1,15 +1,17 @@
 """The official anthropic package against the application: its types must accept everything that we send."""
 
 import asyncio
+import importlib
 from typing import Any
 
-import httpx
 import pytest
 
 from stepflash.server.app import create_app
 from tests.scripted_engine import END, scripted_session
 
 anthropic = pytest.importorskip("anthropic")
+# Newer versions of the package bring an httpx of their own name.
+httpx = importlib.import_module(anthropic.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 pytestmark = pytest.mark.client
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 
 from stepflash.server.app import create_app
@@ -141,13 +142,26 @@ def test_the_streaming_helper_of_responses_gives_the_same() -> None:
     assert response.output_text == "Hibye"
     assert response.output[2].arguments == '{"city": "Oslo"}'
     assert response.output[3].input == "*** x"
-    for event in events:
-        type(event).model_validate(event.to_dict())
+    assert events[-1].type == "response.completed"
     whole = asyncio.run(
         client_for(text).responses.create(model="scripted", input="hello", tools=RESPONSE_TOOLS)
     )
     assert whole.output_text == response.output_text
     assert whole.usage == response.usage
+
+
+def test_every_event_of_a_response_is_one_that_the_package_knows() -> None:
+    any_event = pydantic.TypeAdapter(openai.types.responses.ResponseStreamEvent)
+
+    async def run() -> list[Any]:
+        client = client_for("t\n</think>\nHi" + CALL + PATCH + END)
+        stream = await client.responses.create(
+            model="scripted", input="hello", tools=RESPONSE_TOOLS, stream=True
+        )
+        return [event.to_dict() async for event in stream]
+
+    for event in asyncio.run(run()):
+        assert any_event.validate_python(event).type == event["type"]
 
 
 def test_errors_of_responses_have_their_class() -> None:
