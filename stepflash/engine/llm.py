@@ -60,8 +60,9 @@ class LLM:
         model: "nano", a folder, a .gguf file, a hub id, or a network that is already there.
         dtype: of the weights; "bfloat16" or "float32". Ignored for a network.
         quantization: a weight format to pack the weights in for the native kernels: "bf16", "fp8", "int8",
-            "int4" and others, "stored" or "plain", see `load_model`. None is "stored" where the checkpoint has
-            weights in a quantised format that the kernels read (it then takes no more memory than on disk).
+            "int4" and others, "stored" or "plain", see `load_model`. None is "stored" for bfloat16
+            where the checkpoint has weights in a quantised format that the native kernels read (it then takes no
+            more memory than on disk).
         tokenizer, chat_template: instead of the checkpoint's own.
         kv_dtype: of the KV cache, "int8" for instance; None is the weights'.
         others: see `EngineConfig`.
@@ -299,13 +300,16 @@ class _Answer:
 def _load(
     model: str | Path, dtype: str | torch.dtype, quantization: str | None, device: str
 ) -> tuple[Path, Step3p5ForCausalLM]:
+    from stepflash.kernels.build import load as load_kernels
     from stepflash.weights.checkpoint import open_checkpoint, stores_blocks
     from stepflash.weights.hub import resolve_model
     from stepflash.weights.load import load_model
     from stepflash.weights.packed import STORED
 
     path = resolve_model(model)
-    if quantization is None and torch.device(device).type == "cpu" and stores_blocks(open_checkpoint(path)):
+    # float32 asks for precision, and without native kernels packed weights are slower than decoded ones.
+    may_stay_packed = str(dtype).endswith("bfloat16") and torch.device(device).type == "cpu"
+    if quantization is None and may_stay_packed and stores_blocks(open_checkpoint(path)) and load_kernels():
         quantization = STORED
     return path, load_model(path, dtype=dtype, device=device, quantization=quantization)
 
