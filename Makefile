@@ -7,7 +7,7 @@ MODEL ?= nano
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: serve chat test test-interop lint check bench train clean help
+.PHONY: serve chat test test-slow test-interop lint check bench train clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ :/'
@@ -29,8 +29,11 @@ serve: $(VENV)/.runtime  ## serve MODEL (default: nano) at http://127.0.0.1:8000
 chat: $(VENV)/.runtime  ## chat with MODEL in the terminal
 	$(BIN)/stepflash chat $(MODEL)
 
-test: $(VENV)/.development  ## all tests that need nothing but this machine
-	$(BIN)/pytest
+test: $(VENV)/.development  ## the tests, on every core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m 'not slow'
+
+test-slow: $(VENV)/.development  ## the long ones: a hundred agent turns and the like
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 lint: $(VENV)/.development  ## ruff and mypy
 	$(BIN)/ruff check .
