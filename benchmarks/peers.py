@@ -121,7 +121,8 @@ def run_quietly(arguments: Sequence[str | Path], **options: object) -> None:
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{arguments[0]} took more than {INSTALL_SECONDS} s") from error
     if result.returncode:
-        tail = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:])
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        tail = " | ".join([line for line in lines if not line.startswith("WARNING")][-2:])
         raise RuntimeError(f"{' '.join(map(str, arguments[:4]))}: {tail}")
 
 
@@ -300,7 +301,7 @@ def measure(contenders: list[Contender], runs: int, console: Console) -> dict[st
 def table_of(contenders: Sequence[Contender]) -> Table:
     """Medians; stepflash's with their ratio to the best peer of the column, whatever its format."""
     table = Table()
-    table.add_column("tok/s")
+    table.add_column("tok/s", no_wrap=True)
     for case in CASES:
         table.add_column(case.name, justify="right")
     best: dict[str, float] = {}
