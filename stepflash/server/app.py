@@ -24,6 +24,7 @@ from stepflash.server.errors_by_path import error_response, message_response
 from stepflash.server.keys import KeyGuard
 from stepflash.server.openai_responses_routes import ResponsesRoutes
 from stepflash.server.openai_routes import OpenAIRoutes
+from stepflash.server.prompt_routes import PromptRoutes
 from stepflash.server.request_ids import RequestIds
 from stepflash.server.service import CLIENT_GONE, Service, log
 from stepflash.server.sse import ClientGone
@@ -55,6 +56,7 @@ def create_app(
     OpenAIRoutes(service).add_to(app)
     ResponsesRoutes(service).add_to(app)
     AnthropicRoutes(service).add_to(app)
+    PromptRoutes(service).add_to(app)
     _Operations(service).add_to(app)
     app.add_middleware(KeyGuard, keys=service.settings.api_keys)
     app.add_middleware(RequestIds)
