@@ -264,6 +264,23 @@ def test_good_unknown_and_bad(
     assert verdict(read_receipt(copy)) == "unknown: no receipt"
 
 
+# ---- while loading ------------------------------------------------------------------------------------------
+
+
+def test_quantization_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12", "--raw", "--json"]
+    command = ["generate", str(MICRO), "--prompt", "one two", *options]
+    assert main([*command, "--quantization", "int4-g64"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    model = load_model(MICRO, "float32", progress=False, quantization="int4_g64")
+    ids = list(answer["prompt_token_ids"])
+    for token_id in answer["token_ids"]:
+        assert token_id == int(model.logits(torch.tensor(ids))[-1].argmax())
+        ids.append(token_id)
+    assert main([*command, "--quantization", "int3"]) == 2
+    assert "unknown weight format 'int3'" in capsys.readouterr().err
+
+
 # ---- memory -------------------------------------------------------------------------------------------------
 
 MEMORY_PROGRAM = """
