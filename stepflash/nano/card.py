@@ -39,7 +39,7 @@ def write_card(folder: Path, results: list[dict[str, Any]], name: str = "nano") 
         vocab=config.vocab_size,
         seed=metadata["seed"],
         tokens=int(metadata["tokens"]),
-        count=max(row["num_items"] for row in results),
+        count=results[0]["num_items"],
         tables="\n\n".join(_table(results, tier) for tier in ("easy", "hard")),
     )
     path = folder / "README.md"
