@@ -1,4 +1,4 @@
-// A whole feed-forward block in one parallel region: norm, router, routed experts, shared expert, residual.
+// A whole feed-forward block in one job: norm, router, routed experts, shared expert, residual.
 //
 // Phases: prepare tokens | router scores | top-k | group by expert | gate and up | down. Every output element
 // is summed by one thread over the token's experts in ascending order, the shared expert last, so the result
@@ -76,13 +76,12 @@ SF_INLINE void swiglu(const float* gate, const float* up, float limit, float* h,
 struct Expert {
   Packed gate, up, down;
   float limit;
-  int kind;               // which records its input uses
   Record in, hidden;
   int64_t chunk, chunks;  // hidden units per item: whole activation groups of the down projection
 
-  Expert() : limit(0), kind(0), chunk(0), chunks(0) {}
+  Expert() : limit(0), chunk(0), chunks(0) {}
   Expert(const Packed& gate, const Packed& up, const Packed& down, float limit)
-      : gate(gate), up(up), down(down), limit(limit), kind(0), in(gate.format, gate.k), hidden(down.format, down.k) {
+      : gate(gate), up(up), down(down), limit(limit), in(gate.format, gate.k), hidden(down.format, down.k) {
     chunk = std::max<int64_t>(64, FORMATS[down.format].group);
     chunks = (padded_k(down.format, down.k) + chunk - 1) / chunk;
   }
