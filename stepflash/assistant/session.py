@@ -9,11 +9,13 @@ the engine is raised by the stream. A stream that is closed or cancelled before 
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from stepflash.assistant.budget import thinking_budget
 from stepflash.assistant.reader import AnswerReader, Prompt
 from stepflash.assistant.stream import StreamItem
 from stepflash.chat.messages import Conversation, Tool
@@ -58,12 +60,14 @@ class Session:
         max_tool_calls: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
         extra_tools: tuple[Tool, ...] = (),
+        max_thinking_tokens: int | None = None,
     ) -> Prompt:
         """Render and encode a conversation.
 
         `prefill` starts the answer: the model continues after it, and it is part of the events. Begun with
         `NO_THINKING` the model does not think (a template that opens no thought needs none closed).
-        `extra_tools` may be called, but the head of the prompt does not list them.
+        `extra_tools` may be called, but the head of the prompt does not list them. After `max_thinking_tokens` a
+        thought is closed with a short sentence.
 
         Raises:
             PromptTooLong: no room is left for even one token of the answer.
@@ -76,8 +80,11 @@ class Session:
         in_reasoning = rendered.opens_thought and given == prefill
         text = rendered.text + (prefill if rendered.opens_thought else given)
         token_ids, cut_points = self.tokenizer.encode_with_cuts(text, rendered.cut_points)
+        request = self._request(token_ids, sampling, cut_points)
+        if in_reasoning and max_thinking_tokens is not None:
+            request = replace(request, constraint=thinking_budget(max_thinking_tokens, self.tokenizer))
         return Prompt(
-            request=self._request(token_ids, sampling, cut_points),
+            request=request,
             # Read as an answer without thought, so that one which the model begins all the same is found.
             in_reasoning=in_reasoning,
             tools=(*conversation.tools, *extra_tools),
@@ -172,7 +179,14 @@ def as_choice(prompt: Prompt, index: int) -> Prompt:
     sampling = prompt.request.sampling
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed + index)
-    return replace(prompt, request=replace(prompt.request, request_id=new_request_id(), sampling=sampling))
+    # A constraint advances with its request, so each has its own.
+    constraint = copy.deepcopy(prompt.request.constraint)
+    return replace(
+        prompt,
+        request=replace(
+            prompt.request, request_id=new_request_id(), sampling=sampling, constraint=constraint
+        ),
+    )
 
 
 def new_request_id() -> str:

@@ -57,6 +57,7 @@ class MessagesRequest:
     num_given_chars: int = 0
     max_tool_calls: int | None = None
     shows_thinking: bool = True
+    max_thinking_tokens: int | None = None
 
 
 def decode_conversation(body: MessagesBody) -> tuple[Conversation, tuple[Tool, ...]]:
@@ -107,6 +108,7 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
         num_given_chars=len(given_text),
         max_tool_calls=max_tool_calls,
         shows_thinking=(body.thinking or {}).get("display") != "omitted",
+        max_thinking_tokens=_thinking_budget(body),
     )
 
 
@@ -126,6 +128,16 @@ def thinks(body: MessagesBody) -> bool:
             f"thinking.type: {kind!r} is not one of enabled, adaptive, disabled", param="thinking.type"
         )
     return bool(kind != "disabled")
+
+
+def _thinking_budget(body: MessagesBody) -> int | None:
+    budget = (body.thinking or {}).get("budget_tokens")
+    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise RequestError(
+            f"thinking.budget_tokens: must be a whole number above 0, got {budget!r}",
+            param="thinking.budget_tokens",
+        )
+    return budget
 
 
 def _apply_tool_choice(

@@ -48,6 +48,7 @@ class AnthropicRoutes:
                 prefill=body.prefill,
                 max_tool_calls=body.max_tool_calls,
                 extra_tools=body.deferred_tools,
+                max_thinking_tokens=body.max_thinking_tokens,
             )
 
         prompt = await self.service.prepared(prepare, len(raw))

@@ -34,6 +34,7 @@ class ChatRequest:
     continuous_usage: bool = False
     prefill: str = ""
     max_tool_calls: int | None = None
+    max_thinking_tokens: int | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +73,7 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
         continuous_usage=bool(stream_options and stream_options.continuous_usage_stats),
         prefill=prefill,
         max_tool_calls=max_tool_calls,
+        max_thinking_tokens=_thinking_budget(body),
         template_variables=body.chat_template_kwargs or {},
     )
 
@@ -102,7 +104,22 @@ def _wants_no_thinking(body: ChatBody) -> bool:
         or kwargs.get("enable_thinking") is False
         or kwargs.get("thinking") is False
         or (body.thinking or {}).get("type") == "disabled"
+        or _thinking_budget(body) == 0
     )
+
+
+def _thinking_budget(body: ChatBody) -> int | None:
+    """The limit of the thought by any of the names that clients use for it; 0 is no thought at all."""
+    for name, budget in (
+        ("thinking_budget", body.thinking_budget),
+        ("thinking_token_budget", body.thinking_token_budget),
+        ("thinking.budget_tokens", (body.thinking or {}).get("budget_tokens")),
+    ):
+        if budget is not None:
+            if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+                raise RequestError(f"{name}: must be a whole number, 0 or more, got {budget!r}", param=name)
+            return budget
+    return None
 
 
 def _refuse_unsupported(body: ChatBody) -> None:
@@ -117,12 +134,6 @@ def _refuse_unsupported(body: ChatBody) -> None:
             "response_format",
             response_type != "text",
             f"type {response_type!r} is not supported yet; only 'text' is",
-        ),
-        ("thinking_budget", body.thinking_budget is not None, "thinking budgets are not supported yet"),
-        (
-            "thinking_token_budget",
-            body.thinking_token_budget is not None,
-            "thinking budgets are not supported yet",
         ),
     )
     for name, is_set, reason in refused:

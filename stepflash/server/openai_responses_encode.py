@@ -104,7 +104,6 @@ class ResponseEncoder:
 
     def response(self, status: str) -> Event:
         """The response object as it is now."""
-        is_over = status in ("completed", "incomplete")
         return {
             "id": self._head.id,
             "object": "response",
@@ -116,7 +115,7 @@ class ResponseEncoder:
             "model": self._head.model,
             "output": list(self._output),
             **self._head.echo,
-            "usage": usage_json(self._usage) if is_over and self._usage else None,
+            "usage": None if self._usage is None or status == "in_progress" else usage_json(self._usage),
         }
 
     def _begin_text(self, kind: str, fields: Mapping[str, Any]) -> Iterator[Event]:

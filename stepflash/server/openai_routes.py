@@ -50,6 +50,7 @@ class OpenAIRoutes:
                 body.sampling,
                 prefill=body.prefill,
                 max_tool_calls=body.max_tool_calls,
+                max_thinking_tokens=body.max_thinking_tokens,
                 template_variables=body.template_variables,
             )
 

@@ -169,6 +169,13 @@ def test_with_thinking_it_is_open(thinking: Any) -> None:
     assert prompt_of(thinking=thinking).endswith("<|im_start|>assistant\n<think>\n")
 
 
+def test_the_budget_of_the_thought_reaches_the_engine() -> None:
+    for thinking, is_bounded in ((THINK, True), ({"type": "adaptive"}, False), (..., False)):
+        session = scripted_session(ANSWER)
+        post(session, thinking=thinking)
+        assert (engine_of(session).requests[0].constraint is not None) == is_bounded
+
+
 def test_an_omitted_thought_comes_back_with_the_history() -> None:
     thought = "Gr\u00fc\u00dfe \U0001f680"
     adaptive = {"type": "adaptive", "display": "omitted"}
@@ -430,6 +437,8 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"stop_sequences": [""]}, 400, "stop_sequences"),
     ({"stop_sequences": "x"}, 400, "stop_sequences"),
     ({"thinking": {"type": "deep"}}, 400, "thinking.type"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 0}}, 400, "thinking.budget_tokens"),
+    ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, 400, "thinking.budget_tokens"),
     ({"tools": {}}, 400, "tools"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 400, "tools.0.type"),
     ({"tools": [{"name": "f"}]}, 400, "tools.0.input_schema"),

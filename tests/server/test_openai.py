@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflash.assistant.budget import ThinkingBudget
 from stepflash.assistant.session import Session
 from stepflash.engine.request import TokenLogprob
 from stepflash.server.app import create_app
@@ -235,6 +236,7 @@ def test_logprobs_cover_every_token() -> None:
         {"reasoning_effort": "none"},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"thinking": {"type": "disabled"}},
+        {"thinking_budget": 0},
     ],
 )
 def test_thinking_can_be_switched_off(body: dict[str, Any]) -> None:
@@ -243,6 +245,18 @@ def test_thinking_can_be_switched_off(body: dict[str, Any]) -> None:
     assert reply["choices"][0]["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
     prompt = session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids)
     assert prompt.endswith("<think>\n\n</think>\n")
+
+
+@pytest.mark.parametrize(
+    "body", [{"thinking_budget": 50}, {"thinking_token_budget": 50}, {"thinking": {"budget_tokens": 50}}]
+)
+def test_the_budget_of_the_thought_reaches_the_engine(body: dict[str, Any]) -> None:
+    session = scripted_session(THOUGHT_AND_ANSWER)
+    client_of(session).post("/v1/chat/completions", json={"messages": HELLO, "n": 2, **body})
+    first, second = (request.constraint for request in engine_of(session).requests)
+    assert isinstance(first, ThinkingBudget)
+    assert isinstance(second, ThinkingBudget)
+    assert first is not second
 
 
 @pytest.mark.parametrize(
@@ -332,6 +346,8 @@ ERRORS: list[tuple[dict[str, Any], int, str | None]] = [
     ({"tools": [FUNCTION], "tool_choice": {"function": {"name": "g"}}}, 400, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"reasoning_effort": "huge"}, 400, "reasoning_effort"),
+    ({"thinking_token_budget": -1}, 400, "thinking_token_budget"),
+    ({"thinking": {"budget_tokens": 1.5}}, 400, "thinking.budget_tokens"),
     ({"audio": {"voice": "x"}}, 400, "audio"),
     ({"modalities": ["audio"]}, 400, "modalities"),
     ({"web_search_options": {}}, 400, "web_search_options"),
