@@ -42,7 +42,8 @@ def test_tool_use_and_copying_take_their_share() -> None:
     copying = ["repeat", "quote", "lookup", "nth_item"]
     assert sum(weights(0.0)[name] for name in copying) > 0.3
     for progress in (0.4, 0.7, 1.0):
-        assert sum(weights(progress)[name] for name in tool_tasks + copying) >= 0.3
+        # A quarter at least: sums and sorting need more than their share at the end.
+        assert sum(weights(progress)[name] for name in tool_tasks + copying) >= 0.25
 
 
 def test_draws_follow_the_table() -> None:
