@@ -146,22 +146,35 @@ class Attention {
                  const uint16_t** rows) {
     const int32_t* blocks = a.block_table + item.seq * a.max_blocks;
     const int64_t heads = a.cache.num_kv_heads, block_size = a.cache.block_size;
+    int64_t block = key / block_size, offset = key % block_size;  // a division per key would cost as much as a dot
     for (int64_t j = 0; j < KEYS; ++j) {
       const int64_t position = key + j;
       uint16_t* copy = s.rows + j * dim;
       rows[j] = copy;
       if (position < begin || position >= end) {
         std::memset(copy, 0, dim * 2);
-        continue;
+      } else {
+        const int64_t slot = blocks[block] * block_size + offset, at = (slot * heads + item.kv_head) * dim;
+        if (!a.cache.is_int8) {
+          rows[j] = (const uint16_t*)data + at;
+        } else {
+          const vf scale = set1(scales[slot * heads + item.kv_head]);
+          for (int64_t d = 0; d < dim; d += LANES) store_bf16(copy + d, to_float(load_s8((const int8_t*)data + at + d)) * scale);
+        }
       }
-      const int64_t slot = blocks[position / block_size] * block_size + position % block_size;
-      const int64_t at = (slot * heads + item.kv_head) * dim;
-      if (!a.cache.is_int8) {
-        rows[j] = (const uint16_t*)data + at;
-        continue;
-      }
-      const vf scale = set1(scales[slot * heads + item.kv_head]);
-      for (int64_t d = 0; d < dim; d += LANES) store_bf16(copy + d, to_float(load_s8((const int8_t*)data + at + d)) * scale);
+      if (++offset == block_size) offset = 0, ++block;
+    }
+  }
+
+  // The rows of a cache are far apart (the other heads lie between), so nobody else fetches them ahead.
+  void prefetch_rows(const Item& item, const void* data, int64_t begin, int64_t end) const {
+    const int32_t* blocks = a.block_table + item.seq * a.max_blocks;
+    const int64_t heads = a.cache.num_kv_heads, block_size = a.cache.block_size, size = a.cache.is_int8 ? dim : 2 * dim;
+    int64_t block = begin / block_size, offset = begin % block_size;
+    for (int64_t position = begin; position < end; ++position) {
+      const char* row = (const char*)data + ((blocks[block] * block_size + offset) * heads + item.kv_head) * size;
+      for (int64_t i = 0; i < size; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+      if (++offset == block_size) offset = 0, ++block;
     }
   }
 
@@ -171,9 +184,21 @@ class Attention {
   }
 
   void pack_values(const uint16_t* const* rows) {
+#if defined(__AVX512F__)
+    alignas(64) uint16_t order[64];  // (first[d], second[d]) for 16 d, then for the next 16
+    for (int i = 0; i < 64; ++i) order[i] = (uint16_t)(i / 2 + (i % 2) * 32);
+    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
+    for (int64_t j = 0; j < KEYS; j += 2)
+      for (int64_t d = 0; d < dim; d += 32) {
+        const __m512i first = _mm512_loadu_si512(rows[j] + d), second = _mm512_loadu_si512(rows[j + 1] + d);
+        _mm512_store_si512(s.values + j / 2 * dim + d, _mm512_permutex2var_epi16(first, low, second));
+        _mm512_store_si512(s.values + j / 2 * dim + d + 16, _mm512_permutex2var_epi16(first, high, second));
+      }
+#else
     for (int64_t j = 0; j < KEYS; j += 2)
       for (int64_t d = 0; d < dim; d += LANES)
         storei(s.values + j / 2 * dim + d, load_u16(rows[j] + d) | shl<16>(load_u16(rows[j + 1] + d)));
+#endif
   }
 
   template <int R>
@@ -255,8 +280,10 @@ class Attention {
 
   void tile(const Item& item, int64_t key, int64_t begin, int64_t end, int64_t rows) {
     const uint16_t* pointers[KEYS];
+    prefetch_rows(item, a.cache.v, begin, end);
     find_rows(item, a.cache.k, a.cache.k_scale, key, begin, end, pointers);
     pack_keys(pointers);
+    if (end < item.end) prefetch_rows(item, a.cache.k, end, std::min(end + KEYS, item.end));
     find_rows(item, a.cache.v, a.cache.v_scale, key, begin, end, pointers);
     pack_values(pointers);
     int64_t r = 0;
