@@ -34,7 +34,7 @@ from stepflash.nano.tasks.mixture import sample
 from stepflash.nano.tasks.rendering import render
 from stepflash.nano.tokenizer_training import train_tokenizer, write_tokenizer
 from stepflash.training.checkpoint import load_checkpoint, save_checkpoint
-from stepflash.training.data import Document, PackedBatch, pack
+from stepflash.training.data import Document, PackedBatch, packs
 from stepflash.training.optim import Optimizer
 from stepflash.training.schedule import wsd
 from stepflash.training.step import StepRates, StepReport, train_step
@@ -95,14 +95,7 @@ def make_pack(
     stream = documents(
         tokenizer, Random(f"nano {seed} {step} {worker}"), progress, recipe.max_document_tokens
     )
-    chosen: list[Document] = []
-    total = 0
-    for ids, mask in stream:
-        if total + len(ids) > recipe.tokens_per_pack:
-            return pack(chosen)
-        chosen.append((ids, mask))
-        total += len(ids)
-    raise AssertionError("the stream is endless")
+    return next(packs(stream, recipe.tokens_per_pack, recipe.max_document_tokens))
 
 
 def rates_at(recipe: Recipe, progress: float) -> StepRates:
