@@ -2,8 +2,9 @@
 
 Every step has a budget of tokens. Running sequences that only wait for their next token come first, with their
 drafts; what is left is shared among prompts, shortest first in equal parts, so a long prompt delays a short one
-by at most its own share. A waiting sequence starts when its whole prompt fits into the cache. When a running one
-finds no block, the last in order is preempted: it gives up its blocks and computes its tokens again later.
+by at most its own share. A waiting sequence starts when its whole prompt fits into the cache, at the expense of
+running ones of lower priority if need be. When a running one finds no block, the last in order is preempted: it
+gives up its blocks and computes its tokens again later.
 """
 
 from __future__ import annotations
@@ -66,26 +67,30 @@ class Scheduler:
 
     def schedule(self, now: float) -> list[Scheduled]:
         """Plan one step; the slots of everything planned exist. `now` is a time in seconds."""
-        budget = self._max_tokens
+        # Every running sequence gets at least one token, however many drafts a constraint dictates to others.
+        spare = self._max_tokens - len(self.running)
         plan: list[Scheduled] = []
         for seq in list(self.running):
             # NOTE: an earlier turn of this loop may have preempted it.
             if seq.blocks is None or seq.num_pending > 1:
                 continue
-            drafts = tuple(seq.drafts[: max(0, budget - 1)])
-            if budget > 0 and self._reserve(seq, 1 + len(drafts)):
+            drafts = tuple(seq.drafts[:spare])
+            if self._reserve(seq, 1 + len(drafts)):
                 plan.append(Scheduled(seq, 1, drafts))
-                budget -= 1 + len(drafts)
-        plan = [item for item in plan if item.seq.blocks is not None]
-        while budget > 0 and self.waiting and self._cache.num_free_rows:
-            if not self._admit(self.waiting[0], now):
+                spare -= len(drafts)
+        plan = _running(plan)
+        while self.waiting and _cost(plan) < self._max_tokens:
+            first = self.waiting[0]
+            if self._cache.num_free_rows and self._admit(first, now):
+                bisect.insort(self.running, self.waiting.pop(0), key=_order)
+                if first.num_pending == 1:
+                    plan.append(Scheduled(first, 1))
+            elif self.running and self.running[-1].request.priority > first.request.priority:
+                self.preempt(self.running[-1])
+                plan = _running(plan)
+            else:
                 break
-            started = self.waiting.pop(0)
-            bisect.insort(self.running, started, key=_order)
-            if started.num_pending == 1:
-                plan.append(Scheduled(started, 1))
-                budget -= 1
-        return plan + self._share(budget)
+        return plan + self._share(self._max_tokens - _cost(plan))
 
     def _share(self, budget: int) -> list[Scheduled]:
         """Spend the budget on prompts: equal shares, and what short ones leave goes to longer ones."""
@@ -166,6 +171,15 @@ class Scheduler:
         seq.stats.num_preemptions += 1
         self.num_preemptions += 1
         self.add(seq)
+
+
+def _running(plan: list[Scheduled]) -> list[Scheduled]:
+    """Without those that were preempted since."""
+    return [item for item in plan if item.seq.blocks is not None]
+
+
+def _cost(plan: list[Scheduled]) -> int:
+    return sum(item.num_tokens + len(item.drafts) for item in plan)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
