@@ -17,6 +17,7 @@ struct LinearArgs {
   int num_threads;
   int64_t num_tokens, k;
   View x, norm_weight;  // norm_weight present: x is first normalised, times 1 + weight
+  const int64_t* x_rows = nullptr;  // token t reads row x_rows[t] of x; nullptr: row t
   float eps;
   View gate;            // present: x[t, h * k / num_heads + d] is first multiplied by sigmoid(gate[t, h])
   int64_t num_heads;

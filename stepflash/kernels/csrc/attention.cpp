@@ -9,20 +9,14 @@
 #include <algorithm>
 #include <limits>
 
-#include "parallel.h"
-#include "rows.h"
+#include "bodies.h"
 
 namespace SF_ISA {
 
 constexpr int64_t KEYS = 64, SPLIT = 512, MAX_ROWS = 48, MAX_DIM = 256;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-struct Item {
-  int64_t seq, first, count;       // query tokens [first, first + count) of the packed batch
-  int64_t position;                // absolute position of the first
-  int64_t kv_head, begin, end;     // keys [begin, end)
-  int64_t partial;                 // index of the state of row 0, -1: write the output at once
-};
+using Item = AttentionItem;
 
 struct State {  // of the rows of one item
   float peak[MAX_ROWS], sum[MAX_ROWS];
@@ -299,77 +293,78 @@ class Attention {
   }
 };
 
-// The work of a call. Long contexts with few items are cut into their splits, to be merged afterwards.
-struct Plan {
-  std::vector<Item> items, outputs;  // outputs: one per tile of rows when its splits are separate items
-  std::vector<int64_t> first_part, num_parts;
-  int64_t partial_rows = 0;
-
-  explicit Plan(const AttentionArgs& a) {
-    const int64_t group = a.num_heads / a.cache.num_kv_heads, tokens = std::max<int64_t>(1, MAX_ROWS / group);
-    std::vector<Item> whole;
-    int64_t splits = 0;
-    for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
-      const int64_t begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
-      for (int64_t t = begin; t < end; t += tokens) {
-        const int64_t count = std::min(tokens, end - t), position = a.seq_lens[seq] - end + t;
-        const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
-        for (int64_t h = 0; h < a.cache.num_kv_heads; ++h) whole.push_back({seq, t, count, position, h, oldest, position + count, -1});
-        splits = std::max(splits, (position + count) / SPLIT - oldest / SPLIT + 1);
-      }
-    }
-    if (a.num_threads == 1 || splits < 3 || (int64_t)whole.size() >= 8 * a.num_threads) {
-      items.assign(whole.rbegin(), whole.rend());  // the longest contexts first
-      return;
-    }
-    for (const Item& item : whole) {
-      first_part.push_back(partial_rows);
-      for (int64_t split = item.begin / SPLIT * SPLIT; split < item.end; split += SPLIT) {
-        Item part = item;
-        part.begin = std::max(item.begin, split), part.end = std::min(item.end, split + SPLIT);
-        part.partial = partial_rows;
-        partial_rows += item.count * group;
-        items.push_back(part);
-      }
-      num_parts.push_back((partial_rows - first_part.back()) / (item.count * group));
-      outputs.push_back(item);
+AttentionPlan::AttentionPlan(const AttentionArgs& a) {
+  const int64_t group = a.num_heads / a.cache.num_kv_heads, tokens = std::max<int64_t>(1, MAX_ROWS / group);
+  std::vector<Item> whole;
+  int64_t splits = 0;
+  for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
+    const int64_t begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
+    for (int64_t t = begin; t < end; t += tokens) {
+      const int64_t count = std::min(tokens, end - t), position = a.seq_lens[seq] - end + t;
+      const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
+      for (int64_t h = 0; h < a.cache.num_kv_heads; ++h) whole.push_back({seq, t, count, position, h, oldest, position + count, -1});
+      splits = std::max(splits, (position + count) / SPLIT - oldest / SPLIT + 1);
     }
   }
-};
+  if (a.num_threads == 1 || splits < 3 || (int64_t)whole.size() >= 8 * a.num_threads) {
+    items.assign(whole.rbegin(), whole.rend());  // the longest contexts first
+    return;
+  }
+  for (const Item& item : whole) {
+    first_part.push_back(partial_rows);
+    for (int64_t split = item.begin / SPLIT * SPLIT; split < item.end; split += SPLIT) {
+      Item part = item;
+      part.begin = std::max(item.begin, split), part.end = std::min(item.end, split + SPLIT);
+      part.partial = partial_rows;
+      partial_rows += item.count * group;
+      items.push_back(part);
+    }
+    num_parts.push_back((partial_rows - first_part.back()) / (item.count * group));
+    outputs.push_back(item);
+  }
+}
+
+// A partial row: sums, then peak and sum.
+static int64_t partial_stride(const AttentionArgs& args) { return args.cache.head_dim + LANES; }
+
+int64_t attention_scratch(const AttentionArgs& args, const AttentionPlan& plan) { return plan.partial_rows * partial_stride(args) * 4; }
+
+void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* shared) {
+  const int64_t dim = args.cache.head_dim, stride = partial_stride(args), group = args.num_heads / args.cache.num_kv_heads;
+  float* partials = (float*)shared;
+  Scratch& scratch = *(Scratch*)workspace(2, sizeof(Scratch));
+  Attention attention(args, scratch);
+  team.share((int64_t)plan.items.size(), [&](int64_t i) {
+    const Item& item = plan.items[i];
+    attention.run(item, scratch.total);
+    for (int64_t r = 0; r < item.count * group; ++r) {
+      if (item.partial < 0) {
+        attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
+        continue;
+      }
+      float* row = partials + (item.partial + r) * stride;
+      std::memcpy(row, scratch.total.out + r * dim, dim * 4);
+      row[dim] = scratch.total.peak[r], row[dim + 1] = scratch.total.sum[r];
+    }
+  });
+  if (plan.outputs.empty()) return;
+  team.share((int64_t)plan.outputs.size(), [&](int64_t i) {
+    const Item& item = plan.outputs[i];
+    const int64_t rows = item.count * group;
+    attention.clear(scratch.total, rows);
+    for (int64_t part = 0; part < plan.num_parts[i]; ++part)
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = partials + (plan.first_part[i] + part * rows + r) * stride;
+        attention.merge_row(scratch.total.peak[r], scratch.total.sum[r], scratch.total.out + r * dim, row[dim], row[dim + 1], row);
+      }
+    for (int64_t r = 0; r < rows; ++r) attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
+  });
+}
 
 void attention(const AttentionArgs& args) {
-  const auto plan = std::make_shared<const Plan>(args);  // owned by the job, see pool.h
-  const int64_t dim = args.cache.head_dim, stride = dim + LANES;  // a partial row: sums, then peak and sum
-  float* partials = (float*)workspace(0, std::max<int64_t>(64, plan->partial_rows * stride * 4));
-  const int64_t group = args.num_heads / args.cache.num_kv_heads;
-  parallel(args.num_threads, [=](Team& team) {
-    Scratch& scratch = *(Scratch*)workspace(2, sizeof(Scratch));
-    Attention attention(args, scratch);
-    team.share((int64_t)plan->items.size(), [&](int64_t i) {
-      const Item& item = plan->items[i];
-      attention.run(item, scratch.total);
-      for (int64_t r = 0; r < item.count * group; ++r) {
-        if (item.partial < 0) {
-          attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
-          continue;
-        }
-        float* row = partials + (item.partial + r) * stride;
-        std::memcpy(row, scratch.total.out + r * dim, dim * 4);
-        row[dim] = scratch.total.peak[r], row[dim + 1] = scratch.total.sum[r];
-      }
-    });
-    team.share((int64_t)plan->outputs.size(), [&](int64_t i) {
-      const Item& item = plan->outputs[i];
-      const int64_t rows = item.count * group;
-      attention.clear(scratch.total, rows);
-      for (int64_t part = 0; part < plan->num_parts[i]; ++part)
-        for (int64_t r = 0; r < rows; ++r) {
-          const float* row = partials + (plan->first_part[i] + part * rows + r) * stride;
-          attention.merge_row(scratch.total.peak[r], scratch.total.sum[r], scratch.total.out + r * dim, row[dim], row[dim + 1], row);
-        }
-      for (int64_t r = 0; r < rows; ++r) attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
-    });
-  });
+  const auto plan = std::make_shared<const AttentionPlan>(args);  // owned by the job, see pool.h
+  uint8_t* scratch = workspace(0, attention_scratch(args, *plan));
+  parallel(args.num_threads, [=](Team& team) { attention(team, args, *plan, scratch); });
 }
 
 }  // namespace SF_ISA

@@ -1,13 +1,13 @@
 // A whole feed-forward block in one job: norm, router, routed experts, shared expert, residual.
 //
-// Phases: prepare tokens | router scores | top-k | group by expert | gate and up | down. Every output element
+// Phases: prepare tokens | router scores | choose and group by expert | gate and up | down | sum. With few tokens
+// every thread prepares, chooses and groups for itself instead of waiting for another. Every output element
 // is summed by one thread over the token's experts in ascending order, the shared expert last, so the result
 // depends neither on the threads nor on the other tokens. A dense MLP is a block with a shared expert only.
 #include <algorithm>
 #include <limits>
 
-#include "parallel.h"
-#include "rows.h"
+#include "bodies.h"
 #include "tiles.h"
 
 namespace SF_ISA {
@@ -165,129 +165,173 @@ void route(const RouteArgs& args) {
   });
 }
 
-void moe(const MoeArgs& args) {
-  const int64_t tokens = args.num_tokens, hidden = args.hidden_size, experts = args.num_experts, top_k = args.top_k;
-  const bool has_routed = experts > 0, has_shared = args.shared_gate.data != nullptr;
+// What a block needs and where it lies; every thread makes the same. `own` is what each thread makes for itself
+// when tokens are few, `shared` what the team makes together.
+struct MoePlan {
+  int64_t tokens, hidden, experts, top_k, slots, x_stride, sum_stride;
+  bool has_routed, has_shared, same_in, few, repeats;
   Expert routed, shared;
-  if (has_routed) routed = Expert(args.gate, args.up, args.down, args.limit);
-  if (has_shared) shared = Expert(args.shared_gate, args.shared_up, args.shared_down, args.shared_limit);
+  Layout own_layout, shared_layout;
+  int64_t x, routed_in, shared_in, ids, weights, slot_token, slot_weight, inputs, hidden_records, start, active;  // prepared
+  int64_t scores, sums, parts, routed_hidden, shared_hidden;
 
-  Layout layout;
-  const int64_t x_stride = round_up(hidden, 256), sum_stride = num_panels(hidden) * PANEL;
-  const int64_t slots = has_routed ? tokens * top_k : 0;
-  const int64_t x_offset = layout.add(tokens * x_stride * 4), sum_offset = layout.add(tokens * sum_stride * 4);
-  const int64_t score_offset = layout.add(tokens * experts * 4);
-  const int64_t id_offset = layout.add(slots * 8), weight_offset = layout.add(slots * 4);
-  const int64_t routed_in = layout.add(has_routed ? tokens * routed.in.bytes : 0);
-  const bool same_in = has_routed && has_shared && record_key(args.gate.format) == record_key(args.shared_gate.format);
-  const int64_t shared_in = same_in ? routed_in : layout.add(has_shared ? tokens * shared.in.bytes : 0);
-  const int64_t routed_hidden = layout.add(slots * routed.hidden.bytes);
-  const int64_t shared_hidden = layout.add(has_shared ? tokens * shared.hidden.bytes : 0);
-  // Slots sorted by expert, ascending token within: token, weight, input record, hidden record.
-  const int64_t token_offset = layout.add(slots * 4), sorted_weight = layout.add(slots * 4);
-  const int64_t input_offset = layout.add((slots + tokens) * 8), record_offset = layout.add((slots + tokens) * 8);
-  // Few tokens: each expert's output apart, so that its weights are read in long streams.
-  const bool few = tokens <= FEW_TOKENS;
-  const int64_t part_offset = layout.add(few ? (slots + tokens) * sum_stride * 4 : 0);
-  const int64_t start_offset = layout.add((experts + 1) * 8), active_offset = layout.add(experts * 8);
-  uint8_t* base = workspace(0, layout.bytes);
-  float *x = (float*)(base + x_offset), *sums = (float*)(base + sum_offset), *scores = (float*)(base + score_offset);
-  int64_t* ids = (int64_t*)(base + id_offset);
-  float *parts = (float*)(base + part_offset), *weights = (float*)(base + weight_offset), *slot_weight = (float*)(base + sorted_weight);
-  int32_t* slot_token = (int32_t*)(base + token_offset);
-  const uint8_t** inputs = (const uint8_t**)(base + input_offset);
-  uint8_t** hidden_records = (uint8_t**)(base + record_offset);
-  int64_t *start = (int64_t*)(base + start_offset), *active = (int64_t*)(base + active_offset);
-  const auto num_active = std::make_shared<int64_t>(0);  // read between phases: owned by the job, see pool.h
-  const RouterScores router{tokens, experts, hidden, x, args.router_weight, x_stride, scores};
+  explicit MoePlan(const MoeArgs& args) {
+    tokens = args.num_tokens, hidden = args.hidden_size, experts = args.num_experts, top_k = args.top_k;
+    has_routed = experts > 0, has_shared = args.shared_gate.data != nullptr;
+    if (has_routed) routed = Expert(args.gate, args.up, args.down, args.limit);
+    if (has_shared) shared = Expert(args.shared_gate, args.shared_up, args.shared_down, args.shared_limit);
+    x_stride = round_up(hidden, 256), sum_stride = num_panels(hidden) * PANEL;
+    slots = has_routed ? tokens * top_k : 0;
+    few = tokens <= FEW_TOKENS;
+    repeats = args.num_threads > 1 && few && tokens * hidden <= REPEAT_BELOW;
+    same_in = has_routed && has_shared && record_key(args.gate.format) == record_key(args.shared_gate.format);
+    Layout& prepared = repeats ? own_layout : shared_layout;
+    x = prepared.add(tokens * x_stride * 4);
+    routed_in = prepared.add(has_routed ? tokens * routed.in.bytes : 0);
+    shared_in = same_in ? routed_in : prepared.add(has_shared ? tokens * shared.in.bytes : 0);
+    ids = prepared.add(slots * 8), weights = prepared.add(slots * 4);
+    // Slots sorted by expert, ascending token within: token, weight, input record, hidden record.
+    slot_token = prepared.add(slots * 4), slot_weight = prepared.add(slots * 4);
+    inputs = prepared.add((slots + tokens) * 8), hidden_records = prepared.add((slots + tokens) * 8);
+    start = prepared.add((experts + 1) * 8), active = prepared.add((experts + 1) * 8);  // active: count, then ids
+    scores = shared_layout.add(tokens * experts * 4);
+    routed_hidden = shared_layout.add(slots * routed.hidden.bytes);
+    shared_hidden = shared_layout.add(has_shared ? tokens * shared.hidden.bytes : 0);
+    sums = shared_layout.add(tokens * sum_stride * 4);
+    // Few tokens: each expert's output apart, so that its weights are read in long streams.
+    parts = shared_layout.add(few ? (slots + tokens) * sum_stride * 4 : 0);
+  }
+};
 
-  parallel(args.num_threads, [=](Team& team) {
-    team.share(tokens, [&](int64_t t) {
-      float* row = x + t * x_stride;
-      load_row(args.x, t, hidden, row);
-      std::memset(row + hidden, 0, (x_stride - hidden) * 4);
-      if (args.norm_weight.data) norm_row(row, hidden, args.norm_weight, args.eps);
-      if (!args.x.is_float) round_row(row, hidden);
-      if (has_routed) {
-        write_record(args.gate.format, routed.in, row, 0, padded_k(args.gate.format, hidden), base + routed_in + t * routed.in.bytes);
-      }
-      if (has_shared && !same_in) {
-        const int64_t format = args.shared_gate.format;
-        write_record(format, shared.in, row, 0, padded_k(format, hidden), base + shared_in + t * shared.in.bytes);
-      }
-    });
-    if (has_routed && args.topk_ids == nullptr) {
-      team.share(router.items(), router);
-      team.share(tokens, [&](int64_t t) {
-        pick_experts(scores + t * experts, args.router_bias, experts, top_k, args.scaling_factor, ids + t * top_k,
-                     weights + t * top_k);
-      });
+int64_t moe_scratch(const MoeArgs& args) { return MoePlan(args).shared_layout.bytes; }
+
+void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
+  const MoePlan p(args);
+  uint8_t* prepared = p.repeats ? workspace(3, p.own_layout.bytes) : scratch;
+  const auto make_records = [&](int64_t t) {
+    float* row = (float*)(prepared + p.x) + t * p.x_stride;
+    load_row(args.x, t, p.hidden, row);
+    std::memset(row + p.hidden, 0, (p.x_stride - p.hidden) * 4);
+    if (args.norm_weight.data) norm_row(row, p.hidden, args.norm_weight, args.eps);
+    if (!args.x.is_float) round_row(row, p.hidden);
+    if (p.has_routed)
+      write_record(args.gate.format, p.routed.in, row, 0, padded_k(args.gate.format, p.hidden), prepared + p.routed_in + t * p.routed.in.bytes);
+    if (p.has_shared && !p.same_in) {
+      const int64_t format = args.shared_gate.format;
+      write_record(format, p.shared.in, row, 0, padded_k(format, p.hidden), prepared + p.shared_in + t * p.shared.in.bytes);
     }
-    team.share(1, [&](int64_t) {
-      const int64_t* chosen = args.topk_ids ? args.topk_ids : ids;
-      const float* chosen_weight = args.topk_ids ? args.topk_weights : weights;
-      *num_active = 0;
-      std::memset(start, 0, (experts + 1) * 8);
-      for (int64_t s = 0; s < slots; ++s) ++start[chosen[s] + 1];
-      for (int64_t e = 0; e < experts; ++e) {
-        if (start[e + 1]) active[(*num_active)++] = e;
-        start[e + 1] += start[e];
-      }
-      for (int64_t s = 0; s < slots; ++s) {
-        const int64_t at = start[chosen[s]]++;
-        slot_token[at] = (int32_t)(s / top_k), slot_weight[at] = chosen_weight[s];
-        inputs[at] = base + routed_in + s / top_k * routed.in.bytes;
-        hidden_records[at] = base + routed_hidden + at * routed.hidden.bytes;
-      }
-      for (int64_t e = experts; e > 0; --e) start[e] = start[e - 1];
-      start[0] = 0;
-      for (int64_t t = 0; has_shared && t < tokens; ++t) {
-        inputs[slots + t] = base + shared_in + t * shared.in.bytes;
-        hidden_records[slots + t] = base + shared_hidden + t * shared.hidden.bytes;
-      }
-    });
-    const int64_t shared_items = has_shared ? shared.chunks : 0;  // first: they carry every token
-    team.share(shared_items + *num_active * routed.chunks, [&](int64_t item) {
-      if (item < shared_items) {
-        shared.gate_up(0, item, inputs + slots, hidden_records + slots, tokens);
-      } else {
-        const int64_t e = active[(item - shared_items) / routed.chunks], first = start[e];
-        routed.gate_up(e, (item - shared_items) % routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
-      }
-    });
-    constexpr int64_t PER_ITEM = 4;  // panels
-    const int64_t panels = num_panels(hidden), groups = (panels + PER_ITEM - 1) / PER_ITEM;
-    if (few) {
-      team.share((*num_active + has_shared) * groups, [&](int64_t item) {
-        const int64_t begin = item % groups * PER_ITEM, end = std::min(begin + PER_ITEM, panels), a = item / groups;
-        if (a < *num_active) {
-          const int64_t first = start[active[a]], count = start[active[a] + 1] - first;
-          routed.down_rows(active[a], begin, end, hidden_records + first, count, parts + first * sum_stride, sum_stride);
-        } else {
-          shared.down_rows(0, begin, end, hidden_records + slots, tokens, parts + slots * sum_stride, sum_stride);
-        }
-      });
+  };
+  bool has_records = false, has_groups = false;
+  const auto all_records = [&] {
+    for (int64_t t = 0; p.repeats && !has_records && t < p.tokens; ++t) make_records(t);
+    has_records = true;
+  };
+  const bool routes = p.has_routed && args.topk_ids == nullptr;
+  float* scores = (float*)(scratch + p.scores);
+  int64_t* ids = (int64_t*)(prepared + p.ids);
+  float* weights = (float*)(prepared + p.weights);
+  const auto pick = [&](int64_t t) {
+    pick_experts(scores + t * p.experts, args.router_bias, p.experts, p.top_k, args.scaling_factor, ids + t * p.top_k, weights + t * p.top_k);
+  };
+  int32_t* slot_token = (int32_t*)(prepared + p.slot_token);
+  float* slot_weight = (float*)(prepared + p.slot_weight);
+  const uint8_t** inputs = (const uint8_t**)(prepared + p.inputs);
+  uint8_t** hidden_records = (uint8_t**)(prepared + p.hidden_records);
+  int64_t *start = (int64_t*)(prepared + p.start), *num_active = (int64_t*)(prepared + p.active), *active = num_active + 1;
+  const auto group = [&] {
+    const int64_t* chosen = args.topk_ids ? args.topk_ids : ids;
+    const float* chosen_weight = args.topk_ids ? args.topk_weights : weights;
+    *num_active = 0;
+    std::memset(start, 0, (p.experts + 1) * 8);
+    for (int64_t s = 0; s < p.slots; ++s) ++start[chosen[s] + 1];
+    for (int64_t e = 0; e < p.experts; ++e) {
+      if (start[e + 1]) active[(*num_active)++] = e;
+      start[e + 1] += start[e];
     }
-    team.share(groups, [&](int64_t item) {
-      const int64_t begin = item * PER_ITEM, end = std::min(begin + PER_ITEM, panels);
-      for (int64_t t = 0; t < tokens; ++t)
-        std::memset(sums + t * sum_stride + begin * PANEL, 0, (end - begin) * PANEL * 4);
-      for (int64_t s = 0; few && s < slots + (has_shared ? tokens : 0); ++s) {
-        float* sum = sums + (s < slots ? slot_token[s] : s - slots) * sum_stride;
-        const vf w = set1(s < slots ? slot_weight[s] : 1.0f);
-        for (int64_t i = begin * PANEL; i < end * PANEL; i += LANES)
-          store(sum + i, fma(load(parts + s * sum_stride + i), w, load(sum + i)));
-      }
-      for (int64_t a = 0; !few && a < *num_active; ++a) {
-        const int64_t e = active[a], first = start[e], count = start[e + 1] - first;
-        routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, sum_stride);
-      }
-      if (has_shared && !few) shared.add_down(0, begin, end, hidden_records + slots, nullptr, nullptr, tokens, sums, sum_stride);
-      const int64_t width = std::min(end * PANEL, hidden) - begin * PANEL;
-      for (int64_t t = 0; t < tokens; ++t)
-        store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * sum_stride + begin * PANEL);
+    for (int64_t s = 0; s < p.slots; ++s) {
+      const int64_t at = start[chosen[s]]++;
+      slot_token[at] = (int32_t)(s / p.top_k), slot_weight[at] = chosen_weight[s];
+      inputs[at] = prepared + p.routed_in + s / p.top_k * p.routed.in.bytes;
+      hidden_records[at] = scratch + p.routed_hidden + at * p.routed.hidden.bytes;
+    }
+    for (int64_t e = p.experts; e > 0; --e) start[e] = start[e - 1];
+    start[0] = 0;
+    for (int64_t t = 0; p.has_shared && t < p.tokens; ++t) {
+      inputs[p.slots + t] = prepared + p.shared_in + t * p.shared.in.bytes;
+      hidden_records[p.slots + t] = scratch + p.shared_hidden + t * p.shared.hidden.bytes;
+    }
+  };
+  // What the later phases of this thread need; only items may call it.
+  const auto get_ready = [&] {
+    if (!p.repeats || has_groups) return;
+    all_records();
+    for (int64_t t = 0; routes && t < p.tokens; ++t) pick(t);
+    group();
+    has_groups = true;
+  };
+
+  if (!p.repeats) team.share(p.tokens, make_records);
+  if (routes) {
+    const RouterScores router{p.tokens, p.experts, p.hidden, (const float*)(prepared + p.x), args.router_weight, p.x_stride, scores};
+    team.share(router.items(), [&](int64_t item) {
+      all_records();
+      router(item);
     });
+  }
+  if (!p.repeats) {
+    if (routes) team.share(p.tokens, pick);
+    team.share(1, [&](int64_t) { group(); });
+  }
+  const int64_t shared_items = p.has_shared ? p.shared.chunks : 0;  // first: they carry every token
+  const int64_t most_active = std::min(p.slots, p.experts);
+  team.share(shared_items + most_active * p.routed.chunks, [&](int64_t item) {
+    get_ready();
+    if (item < shared_items) {
+      p.shared.gate_up(0, item, inputs + p.slots, hidden_records + p.slots, p.tokens);
+      return;
+    }
+    const int64_t a = (item - shared_items) / p.routed.chunks;
+    if (a >= *num_active) return;
+    const int64_t e = active[a], first = start[e];
+    p.routed.gate_up(e, (item - shared_items) % p.routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
   });
+  constexpr int64_t PER_ITEM = 4;  // panels
+  const int64_t panels = num_panels(p.hidden), groups = (panels + PER_ITEM - 1) / PER_ITEM;
+  float *sums = (float*)(scratch + p.sums), *parts = (float*)(scratch + p.parts);
+  if (p.few) {
+    team.share((most_active + p.has_shared) * groups, [&](int64_t item) {
+      get_ready();
+      const int64_t begin = item % groups * PER_ITEM, end = std::min(begin + PER_ITEM, panels), a = item / groups;
+      if (a < *num_active) {
+        const int64_t first = start[active[a]], count = start[active[a] + 1] - first;
+        p.routed.down_rows(active[a], begin, end, hidden_records + first, count, parts + first * p.sum_stride, p.sum_stride);
+      } else if (a == *num_active && p.has_shared) {
+        p.shared.down_rows(0, begin, end, hidden_records + p.slots, p.tokens, parts + p.slots * p.sum_stride, p.sum_stride);
+      }
+    });
+  }
+  team.share(groups, [&](int64_t item) {
+    get_ready();
+    const int64_t begin = item * PER_ITEM, end = std::min(begin + PER_ITEM, panels), stride = p.sum_stride;
+    for (int64_t t = 0; t < p.tokens; ++t) std::memset(sums + t * stride + begin * PANEL, 0, (end - begin) * PANEL * 4);
+    for (int64_t s = 0; p.few && s < p.slots + (p.has_shared ? p.tokens : 0); ++s) {
+      float* sum = sums + (s < p.slots ? slot_token[s] : s - p.slots) * stride;
+      const vf w = set1(s < p.slots ? slot_weight[s] : 1.0f);
+      for (int64_t i = begin * PANEL; i < end * PANEL; i += LANES) store(sum + i, fma(load(parts + s * stride + i), w, load(sum + i)));
+    }
+    for (int64_t a = 0; !p.few && a < *num_active; ++a) {
+      const int64_t e = active[a], first = start[e], count = start[e + 1] - first;
+      p.routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, stride);
+    }
+    if (p.has_shared && !p.few) p.shared.add_down(0, begin, end, hidden_records + p.slots, nullptr, nullptr, p.tokens, sums, stride);
+    const int64_t width = std::min(end * PANEL, p.hidden) - begin * PANEL;
+    for (int64_t t = 0; t < p.tokens; ++t) store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * stride + begin * PANEL);
+  });
+}
+
+void moe(const MoeArgs& args) {
+  uint8_t* scratch = workspace(0, moe_scratch(args));
+  parallel(args.num_threads, [=](Team& team) { moe(team, args, scratch); });
 }
 
 }  // namespace SF_ISA

@@ -1,6 +1,6 @@
 // Per-head RMS norm of q and k, rotation of the first rotary_dim dimensions, and the write into the cache.
-#include "parallel.h"
-#include "rows.h"
+#include "bodies.h"
+#include "cache.h"
 
 namespace SF_ISA {
 
@@ -19,61 +19,58 @@ SF_INLINE void rotate(float* x, int64_t half, const float* cos, const float* sin
   }
 }
 
+// Head h of token t, normalised and rotated, into `head` and into the output; heads of q come before those of k.
+SF_INLINE void norm_rope_head(const RopeArgs& args, int64_t t, int64_t h, float* head) {
+  const int64_t dim = args.head_dim, half = args.rotary_dim / 2;
+  const bool is_q = h < args.num_heads;
+  const int64_t column = (is_q ? h : h - args.num_heads) * dim;
+  View in = is_q ? args.q : args.k;
+  in.data = (char*)in.data + column * (in.is_float ? 4 : 2);
+  load_row(in, t, dim, head);
+  norm_row(head, dim, is_q ? args.q_weight : args.k_weight, args.eps);
+  rotate(head, half, args.cos + t * half, args.sin + t * half);
+  const View& out = is_q ? args.q_out : args.k_out;
+  for (int64_t i = 0; i < dim; i += 256) store_row(out, View(), t, column + i, dim - i < 256 ? dim - i : 256, head + i);
+}
+
 void qk_norm_rope(const RopeArgs& args) {
-  const int64_t heads = args.num_heads + args.num_kv_heads, dim = args.head_dim, half = args.rotary_dim / 2;
+  const int64_t heads = args.num_heads + args.num_kv_heads;
   parallel(args.num_tokens * heads < 256 ? 1 : args.num_threads, [=](Team& team) {
     team.share(args.num_tokens, [&](int64_t t) {
       float head[512];
-      const View none;
-      for (int64_t h = 0; h < heads; ++h) {
-        const bool is_q = h < args.num_heads;
-        const int64_t column = (is_q ? h : h - args.num_heads) * dim;
-        View in = is_q ? args.q : args.k;
-        in.data = (char*)in.data + column * (in.is_float ? 4 : 2);
-        load_row(in, t, dim, head);
-        norm_row(head, dim, is_q ? args.q_weight : args.k_weight, args.eps);
-        rotate(head, half, args.cos + t * half, args.sin + t * half);
-        for (int64_t i = 0; i < dim; i += 256)
-          store_row(is_q ? args.q_out : args.k_out, none, t, column + i, dim - i < 256 ? dim - i : 256, head + i);
-      }
+      for (int64_t h = 0; h < heads; ++h) norm_rope_head(args, t, h, head);
     });
   });
 }
 
-// One head of one token as int8 with its own scale.
-static void write_int8(const float* x, int64_t n, int8_t* out, float* scale) {
-  float peak = 0;
-  for (int64_t i = 0; i < n; ++i) peak = std::fmax(peak, std::fabs(x[i]));
-  *scale = peak / 127.0f;
-  const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-  for (int64_t i = 0; i < n; ++i) out[i] = (int8_t)std::nearbyintf(x[i] * inverse);
+// One head of k or v of token t into the cache.
+SF_INLINE void write_token_head(const CacheWriteArgs& args, bool is_value, int64_t t, int64_t h) {
+  View in = is_value ? args.v : args.k;
+  in.data = (char*)in.data + h * args.cache.head_dim * (in.is_float ? 4 : 2);
+  float head[512];
+  load_row(in, t, args.cache.head_dim, head);
+  write_head(args.cache, is_value, args.slots[t], h, head);
 }
 
 void cache_write(const CacheWriteArgs& args) {
-  const Cache cache = args.cache;
-  const int64_t row_size = cache.num_kv_heads * cache.head_dim;
   parallel(args.num_tokens < 64 ? 1 : args.num_threads, [=](Team& team) {
     team.share(args.num_tokens, [&](int64_t t) {
-      const int64_t slot = args.slots[t];
-      if (slot < 0) return;
-      for (int which = 0; which < 2; ++which) {
-        const View& in = which ? args.v : args.k;
-        void* out = which ? cache.v : cache.k;
-        float* scale = which ? cache.v_scale : cache.k_scale;
-        float head[512];
-        for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
-          View column = in;
-          column.data = (char*)in.data + h * cache.head_dim * (in.is_float ? 4 : 2);
-          load_row(column, t, cache.head_dim, head);
-          const int64_t at = slot * row_size + h * cache.head_dim;
-          if (cache.is_int8) {
-            write_int8(head, cache.head_dim, (int8_t*)out + at, scale + slot * cache.num_kv_heads + h);
-          } else {
-            for (int64_t i = 0; i < cache.head_dim; i += LANES) store_bf16((uint16_t*)out + at + i, load(head + i));
-          }
-        }
-      }
+      if (args.slots[t] < 0) return;
+      for (int64_t h = 0; h < args.cache.num_kv_heads; ++h)
+        for (const bool is_value : {false, true}) write_token_head(args, is_value, t, h);
     });
+  });
+}
+
+void rope_and_write(Team& team, const RopeArgs& rope, const CacheWriteArgs& write) {
+  const int64_t kv_heads = rope.num_kv_heads, group = rope.num_heads / kv_heads;
+  team.share(rope.num_tokens * kv_heads, [&](int64_t item) {
+    const int64_t t = item / kv_heads, h = item % kv_heads;
+    float head[512];
+    for (int64_t i = h * group; i < (h + 1) * group; ++i) norm_rope_head(rope, t, i, head);
+    norm_rope_head(rope, t, rope.num_heads + h, head);
+    if (write.slots[t] < 0) return;
+    for (const bool is_value : {false, true}) write_token_head(write, is_value, t, h);
   });
 }
 

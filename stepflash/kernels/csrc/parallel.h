@@ -1,4 +1,4 @@
-// One job per op: bodies of phases, run by the pool's threads.
+// One job per op or per step of the network: bodies of phases, run by the pool's threads.
 #pragma once
 #include <utility>
 
@@ -8,7 +8,7 @@ namespace SF_ISA {
 
 using stepflash::Job;
 
-// One thread's way through the phases of a job; every thread calls share equally often.
+// One thread's way through the phases of a job; every thread calls share equally often, with the same counts.
 class Team {
  public:
   Team(int thread, Job* job) : thread(thread), num_threads(job ? job->num_threads : 1), job_(job) {}
@@ -20,25 +20,25 @@ class Team {
       for (int64_t i = 0; i < count; ++i) item(i);
       return;
     }
-    stepflash::Phase& phase = job_->phases[phase_++];
-    for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_acq_rel)) < count && i < stepflash::CLOSED;) {
-      item(i);
-      phase.done.fetch_add(1, std::memory_order_release);
+    const int64_t base = base_, end = base + count;
+    base_ = end;
+    for (int64_t number = job_->next.load(std::memory_order_acquire); number < end;) {
+      if (!job_->next.compare_exchange_weak(number, number + 1, std::memory_order_acq_rel)) continue;
+      item(number - base);
+      job_->done.fetch_add(1, std::memory_order_release);
+      number = job_->next.load(std::memory_order_acquire);
     }
-    for (int round = 0; phase.done.load(std::memory_order_acquire) < count; ++round) {
-      if (job_->closed.load(std::memory_order_acquire)) return;
-      stepflash::wait_a_little(round);
-    }
+    for (int round = 0; job_->done.load(std::memory_order_acquire) < end; ++round) stepflash::wait_a_little(round);
   }
 
   const int thread, num_threads;
 
  private:
   Job* job_;
-  int phase_ = 0;
+  int64_t base_ = 0;
 };
 
-// Runs body(Team&) on num_threads threads. The body captures by value, see pool.h; at most MAX_PHASES phases.
+// Runs body(Team&) on num_threads threads. The body captures by value, see pool.h.
 template <class Body>
 void parallel(int num_threads, Body body) {
   if (num_threads <= 1) {

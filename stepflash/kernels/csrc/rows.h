@@ -112,7 +112,7 @@ inline uint8_t* workspace(int slot, int64_t bytes) {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  static thread_local Buffer buffers[4];
+  static thread_local Buffer buffers[5];
   Buffer& buffer = buffers[slot];
   if (buffer.size < bytes) {
     std::free(buffer.data);
