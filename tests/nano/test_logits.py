@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.sampler import Row
 from stepflash.engine.speculative import DraftJob
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.nano.tasks import completion, held_out, prompt_text
@@ -111,24 +114,21 @@ def test_the_engine_equals_the_equations(
     config = EngineConfig(max_num_seqs=2, max_num_batched_tokens=chunk, max_model_len=512, block_size=8)
     core = EngineCore(nano, config)
     drafted: list[tuple[int, int, Tensor]] = []
-    compute = type(nano).mtp_compute_logits
     seen: list[tuple[int, Tensor]] = []
+    choose, commit = core.sampler.choose, core._commit_drafts
 
-    def record(self: Step3p5ForCausalLM, module: int, hidden_states: Tensor) -> Tensor:
-        logits = compute(self, module, hidden_states)
-        seen.append((module, logits[-1].clone()))
-        return logits
-
-    monkeypatch.setattr(type(nano), "mtp_compute_logits", record)
-    commit = core._commit_drafts
+    def record(logits: Tensor, rows: Sequence[Row], *rest: Any) -> object:
+        seen.extend((row.position, line.clone()) for row, line in zip(rows, logits, strict=True))
+        return choose(logits, rows, *rest)
 
     def note(job: DraftJob) -> None:
-        if job.drafts:
-            known = len(job.seq.token_ids)
-            drafted.extend((module, known, logits) for module, logits in seen)
+        known = len(job.seq.token_ids)
+        # Rows of the trunk stood at places that are known by now; module k proposes for place known + k - 1.
+        drafted.extend((place - known + 1, known, logits) for place, logits in seen if place >= known)
         seen.clear()
         commit(job)
 
+    monkeypatch.setattr(core.sampler, "choose", record)
     monkeypatch.setattr(core, "_commit_drafts", note)
     asked = request(
         "a",
