@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from stepflash.engine import disk
-from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, SLIDING, CacheLimits, KVCache
+from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import FinishReason, Output, Request, RequestStats
 from stepflash.engine.runner import Runner, TrunkResult
@@ -75,7 +75,14 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Gauges now and counters since the start. KV bytes: of held blocks; `kv_cached_bytes` only by the cache."""
+    """Gauges now and counters since the start.
+
+    Bytes are those of the cache's tensors, to the byte. `kv_used_bytes` of `kv_total_bytes` are in blocks that
+    somebody has; `kv_cached_bytes` of them only the prefix cache, which gives them back when they are needed. The
+    same for full-attention and sliding layers apart. A context takes `kv_bytes_per_token` for each token, in
+    whole blocks, and `kv_window_bytes` once; a running sequence holds up to three sliding blocks and
+    `max_deferred_tokens` more than its window, and a step its own tokens.
+    """
 
     num_running: int
     num_waiting: int
@@ -92,7 +99,12 @@ class EngineStats:
     kv_total_bytes: int
     kv_used_bytes: int
     kv_cached_bytes: int
-    kv_blocks: dict[str, tuple[int, int]]
+    kv_full_bytes: int
+    kv_full_total_bytes: int
+    kv_sliding_bytes: int
+    kv_sliding_total_bytes: int
+    kv_bytes_per_token: int
+    kv_window_bytes: int
     num_cached_blocks: int
     num_snapshots: int
 
@@ -284,15 +296,8 @@ class EngineCore:
         return outputs
 
     def stats(self) -> EngineStats:
-        cached = 0
-        if self.prefix:
-            for group, pool in enumerate(self.cache.pools):
-                held = {i for ids in self._sequence_blocks(group) for i in ids}
-                cached += (pool.num_used - len(held)) * self.cache.block_bytes[group]
-        pools = {
-            name: (self.cache.pools[group].num_used, self.cache.pools[group].num_blocks)
-            for name, group in (("full", FULL), ("sliding", SLIDING))
-        }
+        full, sliding = self.cache.pools
+        per_full, per_sliding = self.cache.block_bytes
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -308,8 +313,13 @@ class EngineCore:
             draft_depth=self._last_depth,
             kv_total_bytes=self.cache.total_bytes,
             kv_used_bytes=self.cache.used_bytes,
-            kv_cached_bytes=cached,
-            kv_blocks=pools,
+            kv_cached_bytes=full.num_cached * per_full + sliding.num_cached * per_sliding,
+            kv_full_bytes=full.num_used * per_full,
+            kv_full_total_bytes=full.num_blocks * per_full,
+            kv_sliding_bytes=sliding.num_used * per_sliding,
+            kv_sliding_total_bytes=sliding.num_blocks * per_sliding,
+            kv_bytes_per_token=per_full // self.cache.block_size,
+            kv_window_bytes=self.cache.window_bytes,
             num_cached_blocks=self.prefix.num_blocks if self.prefix else 0,
             num_snapshots=self.prefix.num_snapshots if self.prefix else 0,
         )
@@ -320,15 +330,10 @@ class EngineCore:
         Raises:
             AssertionError: with the blocks at fault.
         """
+        running = [seq.blocks for seq in self.scheduler.running if seq.blocks is not None]
         for group, pool in enumerate(self.cache.pools):
-            holders: list[Seq[int]] = [*self._sequence_blocks(group)]
-            if self.prefix:
-                holders += list(self.prefix.holders(group))
-            pool.check_integrity(holders)
-
-    def _sequence_blocks(self, group: int) -> list[list[int]]:
-        held = [seq.blocks for seq in self.scheduler.running if seq.blocks is not None]
-        return [blocks.full if group == FULL else blocks.sliding for blocks in held]
+            held = [blocks.full if group == FULL else blocks.sliding for blocks in running]
+            pool.check_integrity(held, self.prefix.keepers(group) if self.prefix else ())
 
     def _bytes_short(self, num_tokens: int) -> int:
         blocks = -(-(num_tokens + LOOKAHEAD_SLOTS) // self.cache.block_size)

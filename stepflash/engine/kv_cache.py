@@ -153,6 +153,11 @@ class KVCache:
         """Bytes of all blocks that somebody holds, the prefix cache included."""
         return sum(pool.num_used * self.block_bytes[group] for group, pool in enumerate(self.pools))
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of one window in all sliding layers: what a snapshot takes, and a sequence beside its tokens."""
+        return -(-self.window // self.block_size) * self.block_bytes[SLIDING]
+
     def open(
         self, full: Sequence[int] = (), sliding: Sequence[int] = (), sliding_first: int = 0
     ) -> SequenceBlocks:
@@ -179,7 +184,8 @@ class KVCache:
         if missing <= 0:
             return
         pool = self.pools[group]
-        if pool.num_free < missing:
+        # What cannot succeed must not cost the prefix cache anything.
+        if pool.num_free < missing <= pool.num_free + pool.num_cached:
             self.evict(group, missing)
         new = pool.allocate(missing)
         held.extend(new)

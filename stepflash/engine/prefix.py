@@ -57,7 +57,7 @@ class Match:
 
 
 class PrefixCache:
-    """Holds blocks of the pools on its own account; `KVCache.evict` is this cache's `evict`."""
+    """Keeps blocks of the pools on its own account; `KVCache.evict` is this cache's `evict`."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -101,7 +101,7 @@ class PrefixCache:
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = Node(key, block_id, node, depth)
-                self._cache.pools[FULL].hold((block_id,))
+                self._cache.pools[FULL].keep((block_id,))
             path.append(child)
             node = child
         self._touch(path)
@@ -112,7 +112,7 @@ class PrefixCache:
     ) -> None:
         """Make a node one that requests can continue from."""
         if node.snapshot is None and node.depth:
-            self._cache.pools[SLIDING].hold(block_ids)
+            self._cache.pools[SLIDING].keep(block_ids)
             node.snapshot = Snapshot(first, tuple(block_ids), carries)
             self._snapshots[node] = None
 
@@ -127,7 +127,7 @@ class PrefixCache:
             if pool.num_free >= count + EVICTION_SLACK:
                 return
             # A block that a sequence also holds would not become free.
-            if not node.children and pool.num_holders(node.block_id) == 1:
+            if not node.children and not pool.is_held(node.block_id):
                 self._drop(node)
 
     def clear(self) -> None:
@@ -143,8 +143,8 @@ class PrefixCache:
                 root = root.parent
             yield modules_of[root], node
 
-    def holders(self, group: int) -> Iterator[Sequence[int]]:
-        """What this cache holds in a pool, for the integrity check."""
+    def keepers(self, group: int) -> Iterator[Sequence[int]]:
+        """What this cache keeps in a pool, for the integrity check."""
         if group == FULL:
             yield [node.block_id for node in self._nodes]
         else:
@@ -196,11 +196,11 @@ class PrefixCache:
         self._drop_snapshot(node)
         del node.parent.children[node.token_ids]
         del self._nodes[node]
-        self._cache.pools[FULL].release((node.block_id,))
+        self._cache.pools[FULL].drop((node.block_id,))
 
     def _drop_snapshot(self, node: Node) -> None:
         if node.snapshot is not None:
-            self._cache.pools[SLIDING].release(node.snapshot.block_ids)
+            self._cache.pools[SLIDING].drop(node.snapshot.block_ids)
             node.snapshot = None
             del self._snapshots[node]
 

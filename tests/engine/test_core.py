@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepflash.engine.core import EngineCore
+from stepflash.engine.kv_cache import FULL, SLIDING
 from stepflash.errors import ConfigError, PromptTooLong, QueueFull, RequestError
 from tests.engine.conftest import FEW_TOKENS, Finished, collect, drive, request
 
@@ -55,10 +56,7 @@ def test_any_interleaving_leaves_no_block_held(
             for _ in range(values[0]):
                 collect(finished, core.step())
         core.check_integrity()
-        stats = core.stats()
-        held = [seq.blocks for seq in core.scheduler.running]
-        by_sequences = {i for blocks in held if blocks for i in blocks.full}
-        assert stats.kv_blocks["full"][0] >= len(by_sequences)
+        check_accounting(core)
     for _ in range(3000):
         if not core.has_work:
             break
@@ -70,6 +68,29 @@ def test_any_interleaving_leaves_no_block_held(
     if core.prefix is not None:
         core.prefix.clear()
     assert core.cache.used_bytes == 0
+
+
+def check_accounting(core: EngineCore) -> None:
+    """The reported bytes are those of the tensors' rows that sequences and prefix cache say to have."""
+    stats, cache = core.stats(), core.cache
+    tensors = [
+        [t for layer in cache.layers.values() if layer.group == group for t in (layer.keys, layer.values)]
+        for group in (FULL, SLIDING)
+    ]
+    running = [seq.blocks for seq in core.scheduler.running if seq.blocks is not None]
+    held = [{i for b in running for i in b.full}, {i for b in running for i in b.sliding}]
+    kept = [
+        {i for ids in core.prefix.keepers(group) for i in ids} if core.prefix else set()
+        for group in (FULL, SLIDING)
+    ]
+    used = [sum(t[list(h | k)].nbytes for t in ts) for ts, h, k in zip(tensors, held, kept, strict=True)]
+    cached = [sum(t[list(k - h)].nbytes for t in ts) for ts, h, k in zip(tensors, held, kept, strict=True)]
+    assert [stats.kv_full_bytes, stats.kv_sliding_bytes] == used
+    assert stats.kv_used_bytes == sum(used)
+    assert stats.kv_cached_bytes == sum(cached)
+    totals = [sum(t.nbytes for t in ts) for ts in tensors]
+    assert [stats.kv_full_total_bytes, stats.kv_sliding_total_bytes] == totals
+    assert stats.kv_total_bytes == sum(totals)
 
 
 def test_aborting_a_thousand_requests_leaves_nothing(new_core: NewCore) -> None:

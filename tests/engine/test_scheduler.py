@@ -119,7 +119,7 @@ class Simulation:
             held = [
                 s.blocks.full if group == FULL else s.blocks.sliding for s in scheduler.running if s.blocks
             ]
-            pool.check_integrity([*held, *(self.prefix.holders(group) if self.prefix else ())])
+            pool.check_integrity(held, self.prefix.keepers(group) if self.prefix else ())
         return plan
 
     def check(self, plan: list[Scheduled]) -> None:
