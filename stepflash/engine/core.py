@@ -140,9 +140,11 @@ class EngineCore:
         vocab_limit = min(config.vocab_limit or model.config.vocab_size, model.config.vocab_size)
         self._digest = ""
         if self.prefix is not None and config.prefix_cache_path is not None:
+            path = Path(config.prefix_cache_path)
+            disk.check_writable(path)
             self._digest = disk.model_digest(model, self.cache)
-            if Path(config.prefix_cache_path).exists():
-                disk.load(Path(config.prefix_cache_path), self.cache, self.prefix, self._digest)
+            if path.exists():
+                disk.load(path, self.cache, self.prefix, self._digest)
         self.sampler = Sampler(vocab_limit, parameter.device)
         self.runner = Runner(model, self.cache, self.sampler, config.max_deferred_tokens)
         self.scheduler = Scheduler(

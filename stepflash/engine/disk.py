@@ -1,13 +1,15 @@
 """The prefix cache on disk, so that conversations survive a restart.
 
 One safetensors file holds the blocks of every snapshot's prefix, the snapshots' windows and states, and as
-metadata a digest of the network that computed them. A file of another model, configuration or cache layout is
-refused, never reinterpreted. It is written beside its final name and moved there when complete.
+metadata a digest of the network that computed them; its last tensor is the SHA-256 of all bytes before it. A file
+of another model, configuration or cache layout, or with a single byte changed, is refused, never reinterpreted.
+It is written beside its final name and moved there when complete.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -30,7 +32,10 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.int32: "I32",
 }
-_VERSION = "1"
+_VERSION = "2"
+_CHECKSUM = "sha256"
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+_READ_BYTES = 4 << 20
 # Values of each parameter that enter the digest: enough to tell two trainings apart, few enough to be instant.
 _NUM_SAMPLES = 64
 
@@ -45,6 +50,10 @@ def model_digest(model: Step3p5ForCausalLM, cache: KVCache) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+# Name, dtype, shape and reader of a tensor.
+_Stored = tuple[str, torch.dtype, list[int], Callable[[], Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +110,44 @@ def save(path: Path, cache: KVCache, prefix: PrefixCache, digest: str, max_bytes
             "data_offsets": [offset, offset + size],
         }
         offset += size
+    header[_CHECKSUM] = {
+        "dtype": "U8",
+        "shape": [_CHECKSUM_BYTES],
+        "data_offsets": [offset, offset + _CHECKSUM_BYTES],
+    }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for _, _, _, read in tensors:  # one layer at a time: a large cache is not copied as a whole
-                file.write(read().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            checksum = hashlib.sha256()
+            # One layer at a time: a large cache is not copied as a whole.
+            head = memoryview(len(encoded).to_bytes(8, "little") + encoded)
+            for data in itertools.chain((head,), map(_bytes, tensors)):
+                checksum.update(data)
+                file.write(data)
+            file.write(checksum.digest())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return len(plan.snapshots)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a cache file, long before `save` needs it.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent} is not writable")
+    except OSError as error:
+        raise ConfigError(f"the prefix cache cannot be saved: {error}; choose another file") from error
 
 
 def load(path: Path, cache: KVCache, prefix: PrefixCache, digest: str) -> int:
@@ -130,13 +164,35 @@ def load(path: Path, cache: KVCache, prefix: PrefixCache, digest: str) -> int:
                     f"{path}: this prefix cache was computed by another model or configuration; "
                     "delete it or choose another path"
                 )
+            _verify(path)
             tree = json.loads(metadata["tree"])
             records = [_Record(*record) for record in tree["snapshots"]]
             return _restore(tree["parents"], records, file.get_tensor, cache, prefix)
     except ConfigError:
         raise
+    except OSError as error:
+        raise ConfigError(f"{path}: the prefix cache cannot be read: {error}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged prefix cache ({error}); delete it") from error
+
+
+def _verify(path: Path) -> None:
+    """Compare the file with the checksum at its end.
+
+    Raises:
+        ValueError: a byte has changed.
+    """
+    checksum = hashlib.sha256()
+    left = path.stat().st_size - _CHECKSUM_BYTES
+    with open(path, "rb") as file:
+        while left > 0:
+            data = file.read(min(left, _READ_BYTES))
+            if not data:
+                break
+            checksum.update(data)
+            left -= len(data)
+        if file.read() != checksum.digest():
+            raise ValueError("its bytes do not match its checksum")
 
 
 def _plan(cache: KVCache, prefix: PrefixCache, max_bytes: int) -> _Plan:
@@ -167,10 +223,12 @@ def _path(node: Node) -> list[Node]:
     return path[::-1]
 
 
-def _tensors(
-    cache: KVCache, plan: _Plan
-) -> Iterator[tuple[str, torch.dtype, list[int], Callable[[], Tensor]]]:
-    """Name, dtype, shape and reader of everything that is stored."""
+def _bytes(stored: _Stored) -> memoryview:
+    return stored[3]().contiguous().cpu().flatten().view(torch.uint8).numpy().data
+
+
+def _tensors(cache: KVCache, plan: _Plan) -> Iterator[_Stored]:
+    """Everything that is stored."""
     tokens = torch.tensor([node.token_ids for node in plan.nodes], dtype=torch.int32)
     yield "token_ids", torch.int32, [len(plan.nodes), cache.block_size], lambda: tokens
     ids = {FULL: [node.block_id for node in plan.nodes], SLIDING: plan.sliding}
@@ -224,9 +282,11 @@ def _restore(
 
 
 def _rows_to(node: int, parents: list[int]) -> list[int]:
-    """Rows of all blocks from the first to this one."""
+    """Rows of all blocks from the first to this one; parents stand before their children."""
     rows = []
     while node != -1:
+        if not -1 <= parents[node] < node:
+            raise ValueError("its blocks are not a tree")
         rows.append(node)
         node = parents[node]
     return rows[::-1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from stepflash.engine import disk
 from stepflash.engine.core import EngineCore
 from stepflash.engine.disk import model_digest
 from stepflash.errors import ConfigError
@@ -82,6 +84,52 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(
         assert model_digest(model, core.cache) != before
         norm[0] -= 1
     assert model_digest(model, core.cache) == before
-    file.write_bytes(file.read_bytes()[:-100])
+    good = file.read_bytes()
+    header_bytes = 8 + int.from_bytes(good[:8], "little")
+    generator = random.Random(0)
+    places = [header_bytes, header_bytes + 1000, len(good) - 40, len(good) - 1]
+    places += [generator.randrange(header_bytes, len(good)) for _ in range(20)]
+    for place in places:
+        file.write_bytes(
+            good[:place] + bytes([good[place] ^ 1 << generator.randrange(8)]) + good[place + 1 :]
+        )
+        with pytest.raises(ConfigError, match="its bytes do not match its checksum"):
+            new_core(prefix_cache_path=file)
+    for damaged in (b"", good[:5], good[:300], good[:header_bytes], good[:-100], good[:-1], good + b"x"):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="damaged prefix cache"):
+            new_core(prefix_cache_path=file)
+    # A digit of the tree: whatever it says now, it is not believed.
+    at = good.index(b"parents") + 15
+    file.write_bytes(good[:at] + b"7" + good[at + 1 :])
     with pytest.raises(ConfigError, match="damaged prefix cache"):
         new_core(prefix_cache_path=file)
+    file.write_bytes(good)
+    assert new_core(prefix_cache_path=file).stats().num_snapshots > 0
+    # Told before any work is done, not after it.
+    with pytest.raises(ConfigError, match=r"cannot be saved.*File exists"):
+        new_core(prefix_cache_path=file / "cache")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be saved: .*prefix\.safetensors is a folder"):
+        new_core(prefix_cache_path=file)
+
+
+def test_a_save_that_fails_keeps_the_old_file(
+    new_core: NewCore, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prefix.safetensors"
+    core = new_core(prefix_cache_path=file)
+    drive(core, request("a", golden[0], max_tokens=2))
+    core.close()
+    good = file.read_bytes()
+    drive(core, request("b", golden[0][5:], max_tokens=2))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        core.close()
+    assert file.read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["prefix.safetensors"]
