@@ -17,7 +17,15 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from stepflash.errors import StepflashError
-from stepflash.settings import DEFAULT_MODEL, DTYPES, EngineSettings, ServerSettings, did_you_mean, is_debug
+from stepflash.settings import (
+    DEFAULT_MODEL,
+    DTYPES,
+    KV_DTYPES,
+    EngineSettings,
+    ServerSettings,
+    did_you_mean,
+    is_debug,
+)
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 MODEL_HELP = f"a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r} (the default)"
@@ -169,12 +177,19 @@ def _add_sampling(parser: argparse.ArgumentParser, default_max_tokens: int | Non
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    group.add_argument("--dtype", metavar="TYPE", help=f"of weights and cache: {', '.join(DTYPES)}")
+    group.add_argument(
+        "--dtype", metavar="TYPE", help=f"of weights, and of keys and values: {', '.join(DTYPES)}"
+    )
     group.add_argument(
         "--quantization", metavar="FORMAT", help="pack the weights while loading: int4, int8, fp8, bf16, ..."
     )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run together")
     group.add_argument("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values")
+    group.add_argument("--kv-dtype", metavar="TYPE", help=f"of keys and values alone: {', '.join(KV_DTYPES)}")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer, in tokens")
+    group.add_argument(
+        "--prefix-cache", metavar="FILE", help="keep what was cached there across restarts; made if missing"
+    )
 
 
 def _engine_settings(args: argparse.Namespace) -> EngineSettings:
@@ -183,6 +198,9 @@ def _engine_settings(args: argparse.Namespace) -> EngineSettings:
         quantization=args.quantization,
         max_num_seqs=args.max_num_seqs,
         kv_cache_gb=args.kv_cache_gb,
+        kv_dtype=args.kv_dtype,
+        max_model_len=args.max_model_len,
+        prefix_cache=args.prefix_cache,
     )
 
 

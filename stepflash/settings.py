@@ -14,20 +14,31 @@ from stepflash.errors import ConfigError
 
 DEFAULT_MODEL = "nano"
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How to run a model. None leaves the choice to the engine."""
+    """How to run a model. None leaves the choice to the engine.
+
+    `prefix_cache` is a file: what was cached when the engine ended is there again when it starts.
+    """
 
     dtype: str | None = None
     quantization: str | None = None
     max_num_seqs: int | None = None
     kv_cache_gb: float | None = None
+    kv_dtype: str | None = None
+    max_model_len: int | None = None
+    prefix_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_seqs is not None and not 1 <= self.max_num_seqs <= 4096:
             raise ConfigError(f"max_num_seqs must be between 1 and 4096, got {self.max_num_seqs}")
         if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb <= 65536:

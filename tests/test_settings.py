@@ -15,6 +15,8 @@ from stepflash.settings import EngineSettings, ServerSettings, did_you_mean, is_
         (EngineSettings, {"max_num_seqs": 0}),
         (EngineSettings, {"kv_cache_gb": 0.0}),
         (EngineSettings, {"kv_cache_gb": float("nan")}),
+        (EngineSettings, {"kv_dtype": "fp8"}),
+        (EngineSettings, {"max_model_len": 1}),
         (ServerSettings, {"port": -1}),
         (ServerSettings, {"port": 65536}),
     ],

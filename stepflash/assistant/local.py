@@ -53,6 +53,9 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     options: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "kv_cache_bytes": settings.kv_cache_bytes,
+        "kv_dtype": settings.kv_dtype,
+        "max_model_len": settings.max_model_len,
+        "prefix_cache_path": settings.prefix_cache,
     }
     llm = LLM(
         path,

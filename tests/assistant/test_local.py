@@ -1,6 +1,7 @@
 """Opening a model by name: its sampling settings, and answers equal to the network's own arithmetic."""
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
@@ -56,6 +57,30 @@ def test_a_greedy_answer_is_the_argmax_of_the_network() -> None:
         for _ in range(10):
             token_ids.append(int(model.logits(torch.tensor(token_ids))[-1].argmax()))
     assert list(answer.token_ids) == token_ids[-10:]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_conversation_goes_on_after_a_restart(tmp_path: Path, kv_dtype: str | None) -> None:
+    """What the engine cached when it ended is there when it starts again with the same file."""
+    settings = EngineSettings(
+        max_num_seqs=2, max_model_len=512, prefix_cache=str(tmp_path / "cache"), kv_dtype=kv_dtype
+    )
+    history: list[Message] = []
+    cached = []
+    for turn in range(3):
+        with open_session(str(MICRO), settings) as local:
+            history.append(
+                Message(role="user", content=f"turn {turn}, and some words to fill a block or two")
+            )
+            sampling = SamplingParams(max_tokens=20, temperature=0.0)
+            prompt = local.session.prepare(Conversation(messages=tuple(history)), sampling)
+            assert prompt.request.sampling.max_tokens == 20
+            answer = asyncio.run(fold(local.session.answer(prompt)))
+            history.append(answer.to_message())
+            cached.append((answer.usage.cached_tokens, answer.usage.prompt_tokens))
+    assert cached[0][0] == 0
+    for (_, before), (hit, _) in itertools.pairwise(cached):
+        assert hit > before - 16  # all of the prompt before, down to a block boundary
 
 
 def test_a_model_that_does_not_exist() -> None:
