@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.core import EngineCore
 from stepflash.engine.kv_cache import FULL, SLIDING, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.model.config import ModelConfig
-from stepflash.model.transformer import Step3p5ForCausalLM
 from tests.engine.conftest import MICRO, drive, request
 
 CONFIG = ModelConfig.from_pretrained(MICRO)
@@ -121,32 +116,3 @@ def test_an_agent_never_reads_its_history_again(new_core: Callable[..., EngineCo
                 assert done.stats.num_prefill_tokens <= fresh + 2 * 8, (turn, name, done.stats)
             history += done.token_ids
     assert core.stats().num_cached_tokens > 4 * 6 * 100
-
-
-@pytest.mark.slow
-def test_a_hundred_turns_cost_their_new_tokens_only(model: Step3p5ForCausalLM, tmp_path: Path) -> None:
-    """30,000 tokens in 100 turns, with a restart in the middle; the windows are those of the checkpoint (16)."""
-    longer = copy.copy(model)
-    longer.config = replace(model.config, max_position_embeddings=32768)
-    options = EngineConfig(
-        max_num_seqs=1,
-        max_model_len=32000,
-        max_num_batched_tokens=512,
-        kv_cache_bytes=96 << 20,
-        prefix_cache_path=tmp_path / "cache",
-    )
-    core = EngineCore(longer, options)
-    generator = torch.Generator().manual_seed(0)
-    history: list[int] = []
-    for turn in range(100):
-        before = len(history)
-        history += torch.randint(3, 500, (290,), generator=generator).tolist()
-        asked = request(f"{turn}", history, max_tokens=10, cut_points=(before,))
-        done = drive(core, asked)[asked.request_id]
-        assert done.stats.num_prefill_tokens <= 290 + 1 + 2 * 16, (turn, done.stats)
-        history += done.token_ids
-        if turn == 50:
-            core.close()
-            core = EngineCore(longer, options)
-    assert len(history) == 30000
-    assert core.cache.used_bytes <= core.cache.total_bytes
