@@ -250,6 +250,11 @@ class EngineCore:
             limit = self.config.prefix_cache_disk_bytes
             disk.save(Path(path), self.cache, self.prefix, self._digest, limit)
 
+    def rebuilt(self) -> EngineCore:
+        """A new core over the same model and settings. This one's cache is gone; it cannot be used any more."""
+        self.cache.layers.clear()
+        return EngineCore(self.runner.model, self.config)
+
     def fail_all(self, error: BaseException) -> list[Output]:
         """End every request with an error; the engine itself is as new afterwards."""
         return [self._fail(seq, error) for seq in list(self._sequences.values())]

@@ -2,7 +2,9 @@
 
 One thread owns the `EngineCore` and everything in it. Other threads put commands into its inbox; outputs go back
 to the event loop that submitted the request, one call per step and loop. Nothing else is shared. The thread
-survives every exception: what cannot be attributed to a request ends those that were running, no more.
+survives every exception: what cannot be attributed to a request ends those that were running, no more. Where even
+that fails, or the thread itself is ended, another one takes over with a new core: requests that ran get an error,
+those that come later do not notice.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -34,8 +37,8 @@ class Engine:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, _Stream]] = {}
         self._stats = core.stats()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="stepflash-engine", daemon=True)
-        self._thread.start()
+        self.num_restarts = 0
+        self._thread = self._start(self._run)
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
         """Check a request at once; it runs when the returned iterator is first awaited.
@@ -66,8 +69,10 @@ class Engine:
         def run() -> None:
             try:
                 future.set_result(function(self._core))
-            except Exception as error:  # belongs to the caller, who gets it from the future
+            except BaseException as error:  # belongs to the caller, who gets it from the future
                 future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
 
         self._inbox.put(run)
         return future
@@ -77,13 +82,22 @@ class Engine:
         if not self._is_closed:
             self._is_closed = True
             self._inbox.put(None)
-        self._thread.join(timeout_seconds)
+        while (thread := self._thread).is_alive() and timeout_seconds > 0:
+            started = time.monotonic()
+            thread.join(timeout_seconds)
+            timeout_seconds -= time.monotonic() - started
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @staticmethod
+    def _start(target: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=target, name="stepflash-engine", daemon=True)
+        thread.start()
+        return thread
 
     async def _stream(self, request: Request) -> AsyncIterator[Output]:
         stream: _Stream = asyncio.Queue()
@@ -105,6 +119,26 @@ class Engine:
     # Everything below runs on the engine thread.
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # whatever ended this thread, another one goes on
+            logger.critical("the engine thread ended; another one takes over", exc_info=error)
+            self._end_streams(f"the engine was restarted ({type(error).__name__}: {error})")
+            self._thread = self._start(self._restart)
+
+    def _restart(self) -> None:
+        self.num_restarts += 1
+        try:
+            self._core = self._core.rebuilt()
+            self._stats = self._core.stats()
+        except Exception as error:  # without a core there is nothing left that could serve
+            logger.critical("the engine could not be restarted", exc_info=error)
+            self._is_closed = True
+            self._end_streams(f"the engine could not be restarted ({error})")
+            return
+        self._run()
+
+    def _serve(self) -> None:
         while True:
             try:
                 if not self._handle_inbox():
@@ -117,6 +151,8 @@ class Engine:
             except Exception as error:  # the thread must survive; see the module docstring
                 logger.exception("the engine step failed")
                 self._end_all(error)
+                # Nobody can say what the failure left behind; a core that is not sound is replaced.
+                self._core.check_integrity()
         self._end_all(EngineError("the engine was closed"))
         try:
             self._core.close()
@@ -127,6 +163,13 @@ class Engine:
         outputs = self._core.fail_all(error)
         self._stats = self._core.stats()
         self._send(outputs)
+
+    def _end_streams(self, error: str) -> None:
+        """End every request without asking the core, which cannot be trusted any more."""
+        streams, self._streams = self._streams, {}
+        for name, (loop, stream) in streams.items():
+            output = Output(request_id=name, finish_reason="error", error=error)
+            _call(loop, lambda stream=stream, output=output: stream.put_nowait(output))  # type: ignore[misc]
 
     def _handle_inbox(self) -> bool:
         """Do what others asked for; waits while there is nothing else to do. False to end."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +109,80 @@ def test_the_thread_survives_a_failure_of_the_scheduler(
             assert outputs[-1].error == "RuntimeError: scheduler bug"
             outputs = await read(engine, request("second", [5] * 10, max_tokens=5))
             assert outputs[-1].finish_reason == "length"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["in a step", "asynchronously", "with a leak"])
+def test_a_dead_thread_is_replaced(
+    new_core: NewCore, golden: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Who ran gets an error, who comes later gets the tokens of an engine that never failed."""
+    prompt, expected = golden
+    core = new_core()
+    step = core.step
+    fuse = [5]
+
+    def broken() -> list[Output]:
+        fuse[0] -= 1
+        if fuse[0] > 0:
+            return step()
+        if where == "asynchronously":
+            ident = ctypes.c_ulong(threading.get_ident())
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+            return step()
+        if where == "with a leak":
+            core.cache.pools[0].allocate(1)  # a block that nobody will ever give back
+            raise RuntimeError("bug")
+        raise SystemExit("ended")
+
+    monkeypatch.setattr(core, "step", broken)
+
+    async def main() -> None:
+        with Engine(core) as engine:
+            asked = [request(f"r{i}", prompt[i:], max_tokens=200) for i in range(3)]
+            streams = await asyncio.wait_for(asyncio.gather(*(read(engine, r) for r in asked)), 30)
+            for outputs in streams:
+                assert outputs[-1].finish_reason == "error"
+                assert outputs[-1].error
+            later = await asyncio.wait_for(read(engine, request("later", prompt, max_tokens=30)), 30)
+            assert [token for output in later for token in output.token_ids] == expected[:30]
+            assert engine.num_restarts == 1
+            engine.call(lambda core: core.check_integrity()).result(20)
+        assert not any(thread.name == "stepflash-engine" for thread in threading.enumerate())
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_cannot_be_restarted_says_so(
+    new_core: NewCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = new_core()
+
+    def out_of_memory() -> EngineCore:
+        raise MemoryError("no room for the cache")
+
+    def die() -> list[Output]:
+        raise SystemExit
+
+    monkeypatch.setattr(core, "step", die)
+    monkeypatch.setattr(core, "rebuilt", out_of_memory)
+
+    def is_refusing(engine: Engine) -> bool:
+        try:
+            engine.submit(request("b", [5] * 10))
+        except EngineError as error:
+            return "closed" in str(error)
+        return False
+
+    async def main() -> None:
+        with Engine(core) as engine:
+            outputs = await asyncio.wait_for(read(engine, request("a", [5] * 10, max_tokens=5)), 30)
+            assert "restarted" in (outputs[-1].error or "")
+            deadline = time.monotonic() + 20
+            while not is_refusing(engine):
+                assert time.monotonic() < deadline, "the engine still takes requests"
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())
 
