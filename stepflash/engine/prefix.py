@@ -86,7 +86,9 @@ class PrefixCache:
         num_tokens = best.depth * self._size if best else 0
         if best is not None:
             self._snapshots.move_to_end(best)
-        miss = None if len(token_ids) - num_tokens <= self._size else self._explain(path, rest, num_tokens)
+        # What is left when all but the last block was found is no miss.
+        is_miss = len(token_ids) - num_tokens > self._size
+        miss = self._explain(token_ids, num_modules, path, rest, num_tokens) if is_miss else None
         snapshot = best.snapshot if best else None
         return Match(
             num_tokens, [node.block_id for node in path[: best.depth if best else 0]], snapshot, miss
@@ -176,20 +178,37 @@ class PrefixCache:
             self._nodes[node] = None
             self._nodes.move_to_end(node)
 
-    def _explain(self, path: Sequence[Node], rest: tuple[int, ...], num_tokens: int) -> str:
-        last = path[-1] if path else None
-        parent = last or next((r for r in self._roots.values() if r.children), None)
-        if parent is None:
-            return "nothing is cached yet"
+    def _explain(
+        self,
+        token_ids: Sequence[int],
+        num_modules: int,
+        path: Sequence[Node],
+        rest: tuple[int, ...],
+        num_tokens: int,
+    ) -> str:
+        """Why no more than `num_tokens` of this path can be used; `rest` is the first block that is not on it."""
+        others = {n: len(self._walk(token_ids, n)[0]) * self._size for n in self._roots if n != num_modules}
         at = len(path) * self._size
-        common = max((_common(rest, key) for key in parent.children), default=0)
-        reason = ""
-        if parent.children and common < len(rest):
-            reason = f"diverged at token {at + common}"
-        if num_tokens < at:
-            window = f"the windows at tokens {num_tokens + 1} to {at} are not kept"
-            reason = f"{reason}; {window}" if reason else window
-        return reason or f"no more than {at} tokens are cached"
+        parent = path[-1] if path else self._root(num_modules)
+        reasons = []
+        if parent.children and rest:
+            common = max(_common(rest, key) for key in parent.children)
+            if common < len(rest):
+                reasons.append(f"diverged at token {at + common}")
+        # One token must be left to compute, so a window at the very end is of no use.
+        usable = min(at, (len(token_ids) - 1) // self._size * self._size)
+        if num_tokens < usable:
+            reasons.append(f"the windows at tokens {num_tokens + 1} to {usable} are not kept")
+        best = max(others, key=others.__getitem__, default=0)
+        if others.get(best, 0) > at:
+            reasons.append(f"{others[best]} tokens are cached for requests with {best} prediction modules")
+        if not reasons and at:
+            reasons.append(f"no more than {at} tokens are cached")
+        elif not reasons:
+            reasons.append(
+                "nothing that begins like this is cached" if self._nodes else "nothing is cached yet"
+            )
+        return "; ".join(reasons)
 
     def _drop(self, node: Node) -> None:
         assert node.parent is not None

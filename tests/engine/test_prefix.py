@@ -91,6 +91,14 @@ def test_a_miss_is_explained() -> None:
         "diverged at token 25; the windows at tokens 9 to 24 are not kept"
     )
     assert prefix.match([1, 1, 7] * 3, 3).miss == "diverged at token 2"
+    # The window at 32 would leave nothing to compute.
+    assert prefix.match([1] * 32, 3).miss == "the windows at tokens 9 to 28 are not kept"
+    assert prefix.match([1] * 50, 3).miss == "no more than 32 tokens are cached"
+    assert prefix.match([1] * 33, 0).miss == "32 tokens are cached for requests with 3 prediction modules"
+    assert prefix.match([1, 7] * 9, 0).miss == "nothing that begins like this is cached"
+    remember(cache, prefix, [1] * 41 + [2] * 9, {8, 40, 48})
+    assert prefix.match([1] * 41 + [3] * 9, 3).miss == "diverged at token 41"
+    assert prefix.match([1] * 41 + [2] * 7 + [5] * 9, 3).miss == "no more than 48 tokens are cached"
 
 
 def test_an_agent_never_reads_its_history_again(new_core: Callable[..., EngineCore]) -> None:
