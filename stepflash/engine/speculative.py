@@ -27,6 +27,7 @@ from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
+from stepflash.errors import RequestError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
 # Of so few rows a view is kept rather than a copy.
@@ -40,6 +41,8 @@ class Walk:
         self._constraint = constraint
         self._sampler = sampler
         self._num_accepted = 0
+        # What is allowed where the walk stands, if that was asked for.
+        self._allowed: tuple[Tensor | None] | None = None
 
     def __enter__(self) -> Walk:
         return self
@@ -54,7 +57,18 @@ class Walk:
         """[vocab_limit] bool, or None when every token is allowed."""
         if self._constraint is None:
             return None
-        return as_tensor(self._constraint.mask(), self._sampler.vocab_limit, self._sampler.device)
+        if self._allowed is None:
+            sampler = self._sampler
+            self._allowed = (as_tensor(self._constraint.mask(), sampler.vocab_limit, sampler.device),)
+        return self._allowed[0]
+
+    def is_at_dead_end(self) -> bool:
+        """Whether no token at all is allowed here."""
+        try:
+            self.allowed()
+        except RequestError:
+            return True
+        return False
 
     def advance(self, token_id: int) -> bool:
         """Follow a token; False, and no step, if the constraint forbids it."""
@@ -64,6 +78,7 @@ class Walk:
             return False
         self._constraint.accept(token_id)
         self._num_accepted += 1
+        self._allowed = None
         return True
 
 
@@ -233,6 +248,10 @@ def _draft(
         # Nothing follows a stop token, and a constraint is not led beyond it.
         if draft in work.job.seq.stop_ids or not work.walk.advance(draft):
             work.depth = module
+        elif work.walk.is_at_dead_end():
+            # Whoever takes this token fails, but only who does; it must not be a guess that fails.
+            work.job.drafts.pop()
+            work.depth = module - 1
 
 
 def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:

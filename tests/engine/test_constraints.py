@@ -106,6 +106,49 @@ def test_constrained_speculative_sampling_has_the_exact_distribution(new_core: N
     assert statistic < 13.82  # 0.001 quantile, 2 degrees of freedom
 
 
+class DeadEnd:
+    """Four tokens may follow each other freely, but after token 55 the constraint knows no way on."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    def mask(self) -> Sequence[int]:
+        return [] if self.token_ids[-1:] == [55] else (7, 31, 55, 102)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.mask()
+        self.token_ids.append(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        assert num_tokens <= len(self.token_ids)
+        del self.token_ids[len(self.token_ids) - num_tokens :]
+
+    def forced(self) -> Sequence[int]:
+        return ()
+
+
+def test_a_draft_into_a_dead_end_does_no_harm(new_core: NewCore) -> None:
+    """Whoever never takes it never hears of it; whoever does gets the same tokens and the same error."""
+    ends = set()
+    for seed in range(12):
+        told = []
+        for depth in (0, 1, 2, 3):
+            asked = request(
+                "a",
+                [9, 31, 7] * 5,
+                max_tokens=8,
+                temperature=1.5,
+                seed=seed,
+                draft_depth=depth,
+                constraint=DeadEnd(),
+            )
+            done = drive(new_core(), asked)["a"]
+            told.append((done.token_ids, done.last.finish_reason, done.last.error))
+        assert all(other == told[0] for other in told), seed
+        ends.add(told[0][1])
+    assert ends == {"length", "error"}
+
+
 def test_all_of_combines_and_stays_consistent_when_one_raises() -> None:
     class Bad(Alternating):
         def accept(self, token_id: int) -> None:
