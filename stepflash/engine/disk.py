@@ -32,7 +32,7 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.int32: "I32",
 }
-_VERSION = "2"
+_VERSION = "3"
 _CHECKSUM = "sha256"
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _READ_BYTES = 4 << 20
@@ -42,7 +42,8 @@ _NUM_SAMPLES = 64
 
 def model_digest(model: Step3p5ForCausalLM, cache: KVCache) -> str:
     """Identifies what cached keys and values depend on: configuration, weights (sampled), layout and dtype."""
-    digest = hashlib.sha256(f"{_VERSION} {model.config} {cache.block_size} {cache.limits.dtype}".encode())
+    layout = [tuple(layer.keys.shape[1:]) for layer in cache.layers.values()]
+    digest = hashlib.sha256(f"{_VERSION} {model.config} {layout} {cache.limits.dtype}".encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
         step = max(1, flat.shape[0] // _NUM_SAMPLES)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stepflash.engine.blocks import BlockPool, OutOfBlocks
 from stepflash.errors import ConfigError
+from stepflash.kernels.kv_layout import new_kv_cache
 from stepflash.model.config import LayerConfig, ModelConfig
 from stepflash.model.cost import kv_bytes_per_position
 
@@ -64,8 +65,8 @@ class SequenceBlocks:
 class LayerCache:
     """The cache of one layer and what attending over it takes.
 
-    keys, values: [num_blocks, block_size, num_kv_heads, head_dim]; k_scale, v_scale [num_blocks, block_size,
-    num_kv_heads] float32 of an int8 cache. Slots before `first_slot` hold nothing.
+    keys, values, and for an int8 cache k_scale, v_scale: rows are blocks, see `kernels.kv_layout`. Slots before
+    `first_slot` hold nothing.
     """
 
     group: int
@@ -110,24 +111,19 @@ class KVCache:
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
 
     def _new_layer(self, config: ModelConfig, index: int, group: int, num_blocks: int) -> LayerCache:
-        layer, dtype = config.layers[index], self.limits.dtype
-
-        # Zeroed pages are mapped on first touch, so a large cache costs no memory until it is used.
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(
-                num_blocks, self.block_size, layer.num_kv_heads, *shape, dtype=dtype, device=self.device
-            )
-
-        is_int8 = dtype == torch.int8
+        layer = config.layers[index]
+        keys, values, k_scale, v_scale = new_kv_cache(
+            num_blocks, self.block_size, layer.num_kv_heads, layer.head_dim, self.limits.dtype, self.device
+        )
         return LayerCache(
             group=group,
             window=layer.window,
             scale=layer.head_dim**-0.5,
             first_slot=max(0, index - config.num_layers + 1),
-            keys=zeros(layer.head_dim),
-            values=zeros(layer.head_dim),
-            k_scale=zeros(dtype=torch.float32) if is_int8 else None,
-            v_scale=zeros(dtype=torch.float32) if is_int8 else None,
+            keys=keys,
+            values=values,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     @property

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stepflash.kernels import build, reference
+from stepflash.kernels.kv_layout import is_interleaved
 
 _library = torch.library.Library("stepflash", "DEF")  # type: ignore[no-untyped-call]
 
@@ -327,7 +328,7 @@ def cache_write(
 
     Caches as in `paged_attention`. An int8 cache gets one scale per token and head, peak / 127.
     """
-    if _has_native_cache(k_cache):
+    if is_interleaved(k_cache):
         torch.ops.stepflash.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     else:
         reference.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
@@ -350,13 +351,13 @@ def paged_attention(
     """Causal grouped-query attention over a paged cache, like q: decode, chunks, prefill and verification alike.
 
     The last cu_seqlens[s + 1] - cu_seqlens[s] positions of sequence s are its queries; their keys and values
-    must already be in the cache. The native kernel multiplies in bf16 with float32 sums.
+    must already be in the cache. The native kernel multiplies in bf16 with float32 sums; an int8 cache exactly,
+    with queries and probabilities rounded to 16 bits.
 
     Args:
         q: [num_tokens, num_heads, head_dim], queries of all sequences end to end.
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] bf16, or int8 with k_scale, v_scale
-            [num_blocks, block_size, num_kv_heads] float32. Position p of sequence s is in block
-            block_table[s, p // block_size] at offset p % block_size.
+        k_cache, v_cache, k_scale, v_scale: what `kv_layout.new_kv_cache` makes, the scales of int8 only. Position
+            p of sequence s is in block block_table[s, p // block_size] at offset p % block_size.
         block_table: [num_seqs, max_blocks] int32. A sliding layer uses a table of its own, whose entries below
             the oldest visible key may be anything: they are not read.
         seq_lens: [num_seqs] int32, positions in the cache including the queries.
@@ -379,7 +380,7 @@ def paged_attention(
         k_scale,
         v_scale,
     )
-    if _has_native_cache(k_cache):
+    if is_interleaved(k_cache):
         return torch.ops.stepflash.paged_attention(*args)  # type: ignore[no-any-return]
     return reference.paged_attention(*args)
 
@@ -405,14 +406,9 @@ def cached_attention(
         q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, cu_seqlens, window, scale, first_key,
         k_scale, v_scale,
     )  # fmt: skip
-    if _has_native_cache(k_cache):
+    if is_interleaved(k_cache):
         return torch.ops.stepflash.cached_attention(*args)  # type: ignore[no-any-return]
     return reference.cached_attention(*args)
-
-
-def _has_native_cache(cache: Tensor) -> bool:
-    """Other caches (float32, odd head sizes) are for exactness tests and use the reference."""
-    return cache.dtype in (torch.bfloat16, torch.int8) and cache.shape[-1] % 32 == 0
 
 
 def advise_huge_pages(packed: Tensor) -> Tensor:

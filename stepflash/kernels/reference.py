@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepflash.kernels import kv_layout
 from stepflash.kernels.formats import Format, unpack
 
 
@@ -186,16 +187,8 @@ def cache_write(
 ) -> None:
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        values = new[kept].detach()
-        if cache.dtype == torch.int8:
-            assert scale is not None
-            peak = values.float().abs().amax(-1)
-            inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, 0.0)
-            scale.flatten(0, 1)[slots] = peak / 127.0
-            cache.flatten(0, 1)[slots] = (values.float() * inverse.unsqueeze(-1)).round().to(torch.int8)
-        else:
-            cache.flatten(0, 1)[slots] = values.to(cache.dtype)
+    kv_layout.write_slots(k_cache, k_scale, slots, k[kept].detach(), is_value=False)
+    kv_layout.write_slots(v_cache, v_scale, slots, v[kept].detach(), is_value=True)
 
 
 def paged_attention(
@@ -212,8 +205,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    group = q.shape[1] // num_kv_heads
+    block_size = kv_layout.block_size_of(k_cache)
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
     for seq, length in enumerate(seq_lens.tolist()):
@@ -224,7 +216,9 @@ def paged_attention(
         first = max(first_key, int(positions[0]) - window + 1) if window else first_key
         keys = torch.arange(min(first, length), length, device=q.device)
         slots = block_table[seq].long()[keys // block_size] * block_size + keys % block_size
-        k, v = (_cached(cache, s, slots) for cache, s in ((k_cache, k_scale), (v_cache, v_scale)))
+        k = kv_layout.read_slots(k_cache, k_scale, slots, is_value=False)
+        v = kv_layout.read_slots(v_cache, v_scale, slots, is_value=True)
+        group = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))  # [num_keys, num_heads, head_dim]
         queries = q[begin:end].float()
         scores = torch.einsum("qhd,khd->hqk", queries, k) * scale
@@ -271,11 +265,6 @@ def cached_attention(
         k_scale,
         v_scale,
     )
-
-
-def _cached(cache: Tensor, scale: Tensor | None, slots: Tensor) -> Tensor:
-    values = cache.flatten(0, 1)[slots].float()  # [num_keys, num_kv_heads, head_dim]
-    return values if scale is None else values * scale.flatten(0, 1)[slots].unsqueeze(-1)
 
 
 def advise_huge_pages(packed: Tensor) -> None:

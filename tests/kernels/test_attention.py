@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepflash.kernels import ops, reference
+from stepflash.kernels.kv_layout import is_interleaved, new_kv_cache, read_slots
 
 from .conftest import opcheck
 
@@ -34,10 +35,11 @@ def paged(lengths: list[int], num_kv_heads: int, head_dim: int, block_size: int,
     table = torch.full(
         (len(lengths), max(needed) + 1), -7, dtype=torch.int32
     )  # unused entries are never read
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
     dtype = torch.int8 if int8 else torch.bfloat16
-    k_cache, v_cache = torch.full(shape, 77, dtype=dtype), torch.full(shape, 77, dtype=dtype)
-    scales = [torch.zeros(shape[:3]) for _ in range(2)] if int8 else [None, None]
+    k_cache, v_cache, *scales = new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype)
+    for stale in (k_cache, v_cache, *scales):  # whatever was there before must not matter
+        if stale is not None:
+            stale.fill_(77 if stale.dtype == torch.int8 else float("nan"))
     keys, values = [], []
     for s, (length, count) in enumerate(zip(lengths, needed, strict=True)):
         blocks = [order.pop() for _ in range(count)]
@@ -84,7 +86,7 @@ def brute_force(
     p: Paged, q: Tensor, seq_lens: list[int], counts: list[int], window: int, gate: Tensor | None
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float64)
-    group, token = q.shape[1] // p.k_cache.shape[2], 0
+    group, token = q.shape[1] // p.k[0].shape[1], 0
     for s, count in enumerate(counts):
         for position in range(seq_lens[s] - count, seq_lens[s]):
             low = max(0, position - window + 1) if window else 0
@@ -109,7 +111,8 @@ CASES = [
     ([200, 90], [1, 4], 12, 4, 32, 8, 24),
     ([150], [150], 4, 1, 96, 32, 33),
     ([65, 1, 300], [1, 1, 2], 16, 4, 128, 64, 0),
-    ([40, 7], [40, 0], 24, 2, 64, 5, 9),
+    ([40, 7], [40, 0], 24, 2, 64, 6, 9),
+    ([1100, 600], [2, 1], 12, 1, 256, 48, 0),
 ]
 
 
@@ -220,29 +223,38 @@ def test_cached_attention_writes_and_attends(int8: bool) -> None:
     expected = ops.paged_attention(q, *copies[:2], *rest, None, *copies[2:])
     actual = ops.cached_attention(q, k, v, p.k_cache, p.v_cache, slots, *rest, p.k_scale, p.v_scale)
     assert torch.equal(actual, expected)
-    assert torch.equal(p.k_cache, copies[0])
+    assert all(
+        torch.equal(
+            written.view(torch.uint8), copy.view(torch.uint8)
+        )  # bits: the rest of the cache is not a number
+        for written, copy in zip((p.k_cache, p.v_cache), copies[:2], strict=True)
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [(torch.bfloat16, 8), (torch.int8, 8), (torch.bfloat16, 5), (torch.int8, 5), (torch.float32, 8)],
+)
 @torch.inference_mode()
-def test_cache_write(dtype: torch.dtype) -> None:
-    k, v = torch.randn(5, 2, 32).bfloat16(), torch.randn(5, 4, 32)[:, :2].bfloat16()
-    v = v.contiguous()
-    slots = torch.tensor([3, -1, 0, 17, 31])
+def test_cache_write(dtype: torch.dtype, block_size: int) -> None:
+    """Every layout gives back what was stored, natively written or not, and nothing else changes."""
+    k, v = torch.randn(5, 2, 32).bfloat16(), torch.randn(5, 2, 32).bfloat16()
+    slots, stored = torch.tensor([3, -1, 0, 17, 19]), [0, 2, 3, 4]
     made = []
     for write in (ops.cache_write, reference.cache_write):
-        caches = [torch.zeros(4, 8, 2, 32, dtype=dtype) for _ in range(2)]
-        scales = [torch.zeros(4, 8, 2) for _ in range(2)] if dtype == torch.int8 else [None, None]
-        write(k, v, *caches, slots, *scales)
-        made.append([*caches, *(s for s in scales if s is not None)])
+        k_cache, v_cache, *scales = new_kv_cache(4, block_size, 2, 32, dtype)
+        assert is_interleaved(k_cache) == (dtype != torch.float32 and block_size == 8)
+        write(k, v, k_cache, v_cache, slots, *scales)
+        made.append([k_cache, v_cache, *(s for s in scales if s is not None)])
+        everything = torch.arange(4 * block_size)
+        for cache, scale, x, is_value in ((k_cache, scales[0], k, False), (v_cache, scales[1], v, True)):
+            found = read_slots(cache, scale, everything, is_value=is_value)
+            peak = x[stored].float().abs().amax(-1, keepdim=True)
+            allowed = peak / 254 * 1.0001 if dtype == torch.int8 else 0.0
+            assert ((found[slots[stored]] - x[stored].float()).abs() <= allowed).all()
+            assert found.abs().sum((1, 2)).nonzero().flatten().tolist() == [0, 3, 17, 19]
     for actual, expected in zip(*made, strict=True):
         assert torch.equal(actual, expected)
-        assert (actual.flatten(0, 1).flatten(1).abs().sum(-1) > 0).nonzero().flatten().tolist() == [
-            0,
-            3,
-            17,
-            31,
-        ]
 
 
 def test_wrong_arguments_are_refused() -> None:

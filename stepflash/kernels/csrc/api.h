@@ -71,11 +71,11 @@ struct RopeArgs {
   View q_out, k_out;
 };
 
-// The paged cache of one layer; see stepflash::paged_attention in ops.py for the layout.
+// The paged cache of one layer, bf16 or int8; see cache.h for the layout.
 struct Cache {
-  void *k, *v;             // [num_blocks, block_size, num_kv_heads, head_dim] bf16 or int8
-  float *k_scale, *v_scale;  // [num_blocks, block_size, num_kv_heads], int8 only
-  int64_t block_size, num_kv_heads, head_dim;
+  void *k, *v;
+  float *k_scale, *v_scale;  // int8 only
+  int64_t num_blocks, block_size, num_kv_heads, head_dim;
   bool is_int8;
 };
 

@@ -1,326 +1,426 @@
 // Paged attention for prefill, chunks, verification and decode: one path for all.
 //
 // A work item is a few query tokens of one sequence times the query heads of one KV head ("rows"), against one
-// range of keys. Keys go by tiles of 64, aligned to absolute positions; a tile of K is turned so that lanes are
-// keys, a tile of V so that lanes are dimensions, and both products are bf16 dot products with float sums, as
-// in the linear layers. Ranges of SPLIT keys, also absolute, have their own softmax state and are merged in
-// order. Tiles and splits that a row does not see leave its state untouched bit for bit, so a row's result
-// depends only on its own query and keys: not on chunking, batching, drafts or the number of threads.
+// range of keys. The cache holds keys and values as the dot products want them (cache.h): 16 keys, a `group`,
+// are one vector of scores, and nothing is copied but the edges. Keys go by tiles, aligned to absolute
+// positions; each has a softmax of its own, and tiles are merged in order. Groups and tiles that a row does not
+// see leave its sums untouched bit for bit, so a row's result depends only on its own query and keys: not on
+// chunking, batching, drafts or the number of threads.
+//
+// bf16 caches are multiplied as bf16 with float sums. int8 caches are multiplied exactly, with queries and
+// probabilities rounded to 16 bits: more digits than bf16 has, for half the bytes.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "bodies.h"
+#include "cache.h"
 
 namespace SF_ISA {
 
-constexpr int64_t KEYS = 64, SPLIT = 512, MAX_ROWS = 48, MAX_DIM = 256;
+constexpr int64_t GROUP = LANES, TILE = 512, GROUPS = TILE / GROUP, MAX_ROWS = 48, MAX_DIM = 256;
+constexpr int64_t STRIDE = TILE + 32;      // of rows of scores: not a power of two, for the L1 cache's sake
+constexpr int64_t KEY_GROUPS = 4;          // scored together
+constexpr int64_t VALUE_GROUPS = 8;        // summed before accumulators rest in memory: 32 KB of values at 128 dimensions
+constexpr int64_t LARGEST = 32767;         // of a 16-bit query or probability
+static_assert(TILE * 127 * LARGEST < (int64_t(1) << 31) && MAX_DIM * 127 * LARGEST < (int64_t(1) << 31), "sums must fit into 32 bits");
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 6;               // in registers at once, each with four accumulators
+#else
+constexpr int MOST_ROWS = 2;
+#endif
 
 using Item = AttentionItem;
 
-struct State {  // of the rows of one item
+struct State {  // of the rows of one item; peaks are logarithms to base 2
   float peak[MAX_ROWS], sum[MAX_ROWS];
   alignas(64) float out[MAX_ROWS * MAX_DIM];
 };
 
 struct Scratch {
-  alignas(64) uint32_t keys[MAX_DIM / 2 * KEYS];     // [dim pair][key]
-  alignas(64) uint32_t values[KEYS / 2 * MAX_DIM];   // [key pair][dim]
-  alignas(64) uint16_t queries[MAX_ROWS * MAX_DIM];
-  alignas(64) float scores[MAX_ROWS * KEYS];
-  alignas(64) uint16_t weights[MAX_ROWS * KEYS];     // probabilities as bf16
-  alignas(64) uint16_t rows[KEYS * MAX_DIM];         // a tile of int8 or missing keys as bf16
-  State split, total;
+  alignas(64) uint16_t queries[MAX_ROWS * MAX_DIM];   // bf16, or 16-bit integers
+  alignas(64) float scores[MAX_ROWS * STRIDE];
+  alignas(64) uint16_t weights[MAX_ROWS * STRIDE];    // probabilities, in the same type as queries
+  alignas(64) uint8_t keys[TILE * MAX_DIM * 2], values[TILE * MAX_DIM * 2];  // groups that must be copied
+  alignas(64) float key_scales[TILE], value_scales[TILE];
+  State tile, total;
 };
 
-// Sixteen rows of sixteen 32-bit words, transposed.
-SF_INLINE void transpose16(const uint16_t* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
-#if defined(__AVX512F__)
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_store_si512(out + i * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_store_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-  }
-#else
-  for (int key = 0; key < 16; ++key)
-    for (int pair = 0; pair < 16; ++pair) std::memcpy(out + pair * stride + key, rows[key] + offset + 2 * pair, 4);
-#endif
+// 2^x, relative error below 3e-7; 0 below 2^-126, and for -infinity.
+SF_INLINE vf power_of_two(vf x) {
+  const vf smallest = set1(-126.0f), bounded = max(x, smallest);
+  const vi n = to_int(bounded);
+  const vf f = bounded - to_float(n);
+  vf p = set1(1.3400433e-3f);
+  p = fma(p, f, set1(9.6760374e-3f));
+  p = fma(p, f, set1(5.5503272e-2f));
+  p = fma(p, f, set1(2.4022107e-1f));
+  p = fma(p, f, set1(6.9314718e-1f));
+  p = fma(p, f, set1(1.0f));
+  return select_gt(smallest, x, zero(), as_float(as_int(p) + shl<23>(n)));
 }
 
-class Attention {
+SF_INLINE float power_of_two(float x) {
+  float lanes[LANES];
+  store(lanes, power_of_two(set1(x)));
+  return lanes[0];
+}
+
+// A pair of bf16 per lane.
+struct Bf16 {
+  using Sum = vf;
+  static constexpr int64_t BYTES = 2;
+  SF_INLINE vi load(const uint8_t* p) { return loadi(p); }
+  SF_INLINE vf dot(vf sum, vi cached, vi x) { return dot2(sum, cached, x); }
+  SF_INLINE vf none() { return zero(); }
+  SF_INLINE vf get(const float* p) { return SF_ISA::load(p); }
+  SF_INLINE void put(float* p, vf sum) { store(p, sum); }
+  SF_INLINE vf value(vf sum) { return sum; }
+};
+
+// A pair of 16-bit integers per lane, the cached ones from 8 bits; sums are exact.
+struct Int8 {
+  using Sum = vi;
+  static constexpr int64_t BYTES = 1;
+#if defined(__AVX512F__)
+  SF_INLINE vi load(const uint8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+#else
+  SF_INLINE vi load(const uint8_t* p) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p + 1))};
+  }
+#endif
+  SF_INLINE vi dot(vi sum, vi cached, vi x) {
+#if defined(SF_NATIVE_DOT)
+    return {_mm512_dpwssd_epi32(sum.v, cached.v, x.v)};
+#elif defined(__AVX512F__)
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(cached.v, x.v))};
+#else
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(cached.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(cached.b, x.b))};
+#endif
+  }
+  SF_INLINE vi none() { return set1i(0); }
+  SF_INLINE vi get(const float* p) { return loadi(p); }
+  SF_INLINE void put(float* p, vi sum) { storei(p, sum); }
+  SF_INLINE vf value(vi sum) { return to_float(sum); }
+};
+
+SF_INLINE void store_weights(uint16_t* out, vf x, Bf16) {
+#if defined(SF_NATIVE_DOT)
+  _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(x.v));
+#else
+  store_bf16(out, x);
+#endif
+}
+SF_INLINE void store_weights(uint16_t* out, vf x, Int8) { store_u16(out, to_int(x)); }
+
+SF_INLINE vi pair_at(const uint16_t* p) {
+  int32_t two;
+  std::memcpy(&two, p, 4);
+  return set1i(two);
+}
+
+// body(std::integral_constant<int, R>, row) for all rows, in even shares of at most MOST_ROWS.
+template <class Body>
+SF_INLINE void in_shares(int64_t rows, Body body) {
+  int64_t shares = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  for (int64_t row = 0; row < rows; --shares) {
+    const int64_t count = (rows - row + shares - 1) / shares;
+    switch (count) {
+#define SF_SHARE(R) case R: if constexpr (R <= MOST_ROWS) body(std::integral_constant<int, R>(), row); break;
+      SF_SHARE(1) SF_SHARE(2) SF_SHARE(3) SF_SHARE(4) SF_SHARE(5) SF_SHARE(6)
+#undef SF_SHARE
+    }
+    row += count;
+  }
+}
+
+// The rows of one item. One object serves many items of a call.
+template <class Cell>
+class Rows {
  public:
-  Attention(const AttentionArgs& args, Scratch& scratch)
-      : a(args), s(scratch), dim(args.cache.head_dim), group(args.num_heads / args.cache.num_kv_heads) {}
+  Rows(const AttentionArgs& args, Scratch& scratch)
+      : a(args), s(scratch), dim(args.cache.head_dim), block_size(args.cache.block_size),
+        is_direct(block_size % GROUP == 0), key_stride((is_direct ? block_size : GROUP) * 2 * Cell::BYTES),
+        group_bytes(GROUP * dim * Cell::BYTES) {}
 
-  // The softmax state of an item's rows over its keys.
-  void run(const Item& item, State& total) {
-    const int64_t rows = item.count * group;
-    load_queries(item);
-    clear(total, rows);
-    for (int64_t split = item.begin / SPLIT * SPLIT; split < item.end; split += SPLIT) {
-      clear(s.split, rows);
-      const int64_t begin = std::max(item.begin, split), end = std::min(item.end, split + SPLIT);
-      for (int64_t key = begin / KEYS * KEYS; key < end; key += KEYS) tile(item, key, std::max(key, begin), std::min(key + KEYS, end), rows);
-      merge(total, s.split, rows);
-    }
-  }
-
-  void clear(State& state, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) state.peak[r] = NEVER, state.sum[r] = 0;
-    std::memset(state.out, 0, rows * dim * 4);
-  }
-
-  void merge(State& total, const State& part, int64_t rows) const {
+  void start(const Item& next) {
+    item = &next;
+    group = a.num_heads / a.cache.num_kv_heads, rows = item->count * group;
+    blocks = a.block_table + item->seq * a.max_blocks;
     for (int64_t r = 0; r < rows; ++r) {
-      merge_row(total.peak[r], total.sum[r], total.out + r * dim, part.peak[r], part.sum[r], part.out + r * dim);
+      View head = a.q;
+      head.data = (char*)head.data + (item->kv_head * group + r % group) * dim * (a.q.is_float ? 4 : 2);
+      load_query(head, item->first + r / group, r);
     }
   }
 
-  void merge_row(float& peak, float& sum, float* out, float part_peak, float part_sum, const float* part_out) const {
-    if (part_peak == NEVER) return;
-    const float top = std::max(peak, part_peak);
-    const float keep = peak == NEVER ? 0.0f : one_exp(peak - top), add = one_exp(part_peak - top);
-    sum = sum * keep + part_sum * add;
-    for (int64_t d = 0; d < dim; d += LANES) store(out + d, fma(load(part_out + d), set1(add), load(out + d) * set1(keep)));
-    peak = top;
+  // The softmax state of the keys in [base, base + TILE), into scratch.tile.
+  void tile(int64_t base) {
+    const int64_t begin = std::max(item->begin, base), end = std::min(item->end, base + TILE);
+    const int64_t first = (begin - base) / GROUP, last = (end - base + GROUP - 1) / GROUP;  // groups
+    find_groups(base, first, last, begin, end);
+    for (int64_t g = first; g < last; g += KEY_GROUPS) {
+      const int64_t count = std::min(KEY_GROUPS, last - g);
+      if (count == KEY_GROUPS) {
+        in_shares(rows, [&](auto R, int64_t row) { score<R(), KEY_GROUPS>(row, g, last); });
+      } else {
+        for (int64_t i = g; i < last; ++i) in_shares(rows, [&](auto R, int64_t row) { score<R(), 1>(row, i, last); });
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) softmax(r, base, first, last);
+    for (int64_t g = first; g < last; g += VALUE_GROUPS) {
+      const int64_t until = std::min(g + VALUE_GROUPS, last);
+      int64_t d = 0;
+      for (; d + 64 <= dim; d += 64) in_shares(rows, [&](auto R, int64_t row) { sum_values<R(), 4>(row, d, g, until, g == first, last); });
+      for (; d < dim; d += 32) in_shares(rows, [&](auto R, int64_t row) { sum_values<R(), 2>(row, d, g, until, g == first, last); });
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = s.tile.out + r * dim;
+      if (Cell::BYTES == 1)
+        for (int64_t d = 0; d < dim; d += LANES) store(out + d, Cell::value(Cell::get(out + d)) * set1(weight_unit[r]));
+    }
   }
 
-  void write(const Item& item, int64_t row, float sum, float* out) const {
-    const int64_t token = item.first + row / group, head = item.kv_head * group + row % group;
+  void write(int64_t row, float sum, float* out) const {
+    const int64_t token = item->first + row / group, head = item->kv_head * group + row % group;
     float factor = sum > 0 ? 1.0f / sum : 0.0f;
     if (a.gate.data) {
       const int64_t at = token * a.gate.stride + head;
       const float gate = a.gate.is_float ? ((const float*)a.gate.data)[at] : bf16_to_float(((const uint16_t*)a.gate.data)[at]);
-      factor *= 1.0f / (1.0f + one_exp(-gate));
+      factor /= 1.0f + power_of_two(-gate * LOG2_E);
     }
     for (int64_t d = 0; d < dim; d += LANES) store(out + d, load(out + d) * set1(factor));
     for (int64_t d = 0; d < dim; d += 128) store_row(a.out, View(), token, head * dim + d, std::min<int64_t>(128, dim - d), out + d);
   }
 
+  int64_t rows = 0;
+
  private:
+  static constexpr float LOG2_E = 1.44269504f;
   const AttentionArgs& a;
   Scratch& s;
-  const int64_t dim, group;
+  const int64_t dim, block_size;
+  const bool is_direct;       // groups lie whole in the cache
+  const int64_t key_stride;   // bytes from one pair of dimensions to the next
+  const int64_t group_bytes;
+  const Item* item = nullptr;
+  const int32_t* blocks = nullptr;
+  int64_t group = 1;
+  const uint8_t *keys[GROUPS], *values[GROUPS];
+  const float *key_scales[GROUPS], *value_scales[GROUPS];
+  float score_unit[MAX_ROWS], weight_unit[MAX_ROWS];
 
-  static float one_exp(float x) {
-    float lanes[16];
-    store(lanes, exp(set1(x)));
-    return lanes[0];
+  // Row r of the queries in the cell's type; score_unit turns its dot products into logarithms to base 2.
+  void load_query(const View& head, int64_t token, int64_t r) {
+    uint16_t* out = s.queries + r * dim;
+    score_unit[r] = a.scale * LOG2_E;
+    if (Cell::BYTES == 2 && !head.is_float) {
+      std::memcpy(out, (const uint16_t*)head.data + token * head.stride, dim * 2);
+      return;
+    }
+    float x[MAX_DIM];
+    load_row(head, token, dim, x);
+    if (Cell::BYTES == 2) {
+      for (int64_t d = 0; d < dim; d += LANES) store_bf16(out + d, load(x + d));
+      return;
+    }
+    const vi sign = set1i(0x7fffffff);
+    vf top = zero();
+    for (int64_t d = 0; d < dim; d += LANES) top = max(top, as_float(as_int(load(x + d)) & sign));
+    const float peak = hmax(top);
+    const vf inverse = set1(peak > 0 ? (float)LARGEST / peak : 0.0f);
+    for (int64_t d = 0; d < dim; d += LANES) store_u16(out + d, to_int(load(x + d) * inverse));
+    score_unit[r] *= peak / (float)LARGEST;
   }
 
-  void load_queries(const Item& item) {
-    float row[MAX_DIM];
-    for (int64_t r = 0; r < item.count * group; ++r) {
-      View head = a.q;
-      head.data = (char*)head.data + (item.kv_head * group + r % group) * dim * (a.q.is_float ? 4 : 2);
-      load_row(head, item.first + r / group, dim, row);
-      for (int64_t d = 0; d < dim; d += LANES) store_bf16(s.queries + r * dim + d, load(row + d));
+  void find_groups(int64_t base, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    const uint8_t *k = (const uint8_t*)a.cache.k, *v = (const uint8_t*)a.cache.v;
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t position = base + g * GROUP, low = std::max<int64_t>(0, begin - position), high = std::min(GROUP, end - position);
+      if (!is_direct) {
+        gather(g, position, low, high);
+        continue;
+      }
+      const int64_t at = block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size, offset = position % block_size;
+      keys[g] = k + (at * dim + key_element(a.cache, offset, 0)) * Cell::BYTES;
+      values[g] = v + (at * dim + value_element(a.cache, offset, 0)) * Cell::BYTES;
+      if (Cell::BYTES == 1) key_scales[g] = a.cache.k_scale + at + offset, value_scales[g] = a.cache.v_scale + at + offset;
+      if (Cell::BYTES == 2 && (low > 0 || high < GROUP)) hide_values(g, low, high);
     }
   }
 
-  // Pointers to 64 rows of the cache as bf16; keys outside [begin, end) are zeros and are never read.
-  void find_rows(const Item& item, const void* data, const float* scales, int64_t key, int64_t begin, int64_t end,
-                 const uint16_t** rows) {
-    const int32_t* blocks = a.block_table + item.seq * a.max_blocks;
-    const int64_t heads = a.cache.num_kv_heads, block_size = a.cache.block_size;
-    int64_t block = key / block_size, offset = key % block_size;  // a division per key would cost as much as a dot
-    for (int64_t j = 0; j < KEYS; ++j) {
-      const int64_t position = key + j;
-      uint16_t* copy = s.rows + j * dim;
-      rows[j] = copy;
-      if (position < begin || position >= end) {
-        std::memset(copy, 0, dim * 2);
+  // A weight of zero does not hide what is not a number: values of a group outside [low, high) become zeros.
+  void hide_values(int64_t g, int64_t low, int64_t high) {
+    uint8_t* copy = s.values + g * group_bytes;
+    for (int64_t j = 0; j < GROUP; j += 2) {
+      const vi seen = set1i((int32_t)((j >= low && j < high ? 0xffffu : 0) | (j + 1 >= low && j + 1 < high ? 0xffff0000u : 0)));
+      for (int64_t i = j * dim * 2; i < (j + 2) * dim * 2; i += 64) storei(copy + i, loadi(values[g] + i) & seen);
+    }
+    values[g] = copy;
+  }
+
+  // Blocks that are no multiple of a group: element by element.
+  void gather(int64_t g, int64_t position, int64_t low, int64_t high) {
+    using T = std::conditional_t<Cell::BYTES == 2, uint16_t, int8_t>;
+    Cache one = a.cache;  // a block of one group
+    one.block_size = GROUP;
+    T *k = (T*)(s.keys + g * group_bytes), *v = (T*)(s.values + g * group_bytes);
+    std::memset(k, 0, group_bytes), std::memset(v, 0, group_bytes);
+    for (int64_t j = low; j < high; ++j) {
+      const int64_t at = block_head(a.cache, blocks[(position + j) / block_size], item->kv_head) * block_size, offset = (position + j) % block_size;
+      const T *from_k = (const T*)a.cache.k + at * dim, *from_v = (const T*)a.cache.v + at * dim;
+      for (int64_t d = 0; d < dim; ++d) {
+        k[key_element(one, j, d)] = from_k[key_element(a.cache, offset, d)];
+        v[value_element(one, j, d)] = from_v[value_element(a.cache, offset, d)];
+      }
+      if (Cell::BYTES == 1)
+        s.key_scales[g * GROUP + j] = a.cache.k_scale[at + offset], s.value_scales[g * GROUP + j] = a.cache.v_scale[at + offset];
+    }
+    keys[g] = (uint8_t*)k, values[g] = (uint8_t*)v;
+    key_scales[g] = s.key_scales + g * GROUP, value_scales[g] = s.value_scales + g * GROUP;
+  }
+
+  // Scores of R rows and N groups; the first rows fetch the keys of the next N groups ahead.
+  template <int R, int N>
+  void score(int64_t row, int64_t g, int64_t last) {
+    typename Cell::Sum sum[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < N; ++i) sum[r][i] = Cell::none();
+    const uint8_t *at[N], *ahead[N];
+    for (int i = 0; i < N; ++i) at[i] = keys[g + i], ahead[i] = keys[std::min(g + N + i, last - 1)];
+    const uint16_t* q = s.queries + row * dim;
+    const bool fetches = row == 0 && g + N < last;
+    for (int64_t pair = 0; pair < dim / 2; ++pair) {
+      vi k[N];
+      for (int i = 0; i < N; ++i) k[i] = Cell::load(at[i] + pair * key_stride);
+      if (fetches)
+        for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead[i] + pair * key_stride, _MM_HINT_T0);
+      for (int r = 0; r < R; ++r) {
+        const vi x = pair_at(q + r * dim + 2 * pair);
+        for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], k[i], x);
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      const vf scale = Cell::BYTES == 1 ? load(key_scales[g + i]) : set1(1.0f);
+      for (int r = 0; r < R; ++r) store(s.scores + (row + r) * STRIDE + (g + i) * GROUP, Cell::value(sum[r][i]) * (scale * set1(score_unit[row + r])));
+    }
+  }
+
+  // Scores of one row to probabilities, their sum and peak.
+  void softmax(int64_t row, int64_t base, int64_t first, int64_t last) {
+    const int64_t position = item->position + row / group;
+    const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
+    const int64_t low = std::max(oldest - base, first * GROUP), high = std::min(position + 1 - base, last * GROUP);
+    float* scores = s.scores + row * STRIDE;
+    uint16_t* weights = s.weights + row * STRIDE;
+    s.tile.peak[row] = NEVER, s.tile.sum[row] = 0, weight_unit[row] = 0;
+    if (low >= high) {
+      std::memset(weights + first * GROUP, 0, (last - first) * GROUP * 2);
+      return;
+    }
+    const int64_t from = low / GROUP, until = (high + GROUP - 1) / GROUP;
+    for (int64_t j = from * GROUP; j < low; ++j) scores[j] = NEVER;
+    for (int64_t j = high; j < until * GROUP; ++j) scores[j] = NEVER;
+    std::memset(weights + first * GROUP, 0, (from - first) * GROUP * 2);
+    std::memset(weights + until * GROUP, 0, (last - until) * GROUP * 2);
+    vf top = set1(NEVER);
+    for (int64_t g = from; g < until; ++g) top = max(top, load(scores + g * GROUP));
+    const float peak = hmax(top);
+    const vf shift = set1(peak);
+    vf sum = zero(), largest = zero();
+    for (int64_t g = from; g < until; ++g) {
+      vf p = power_of_two(load(scores + g * GROUP) - shift);
+      sum = sum + p;
+      if (Cell::BYTES == 2) {
+        store_weights(weights + g * GROUP, p, Cell());
       } else {
-        const int64_t slot = blocks[block] * block_size + offset, at = (slot * heads + item.kv_head) * dim;
-        if (!a.cache.is_int8) {
-          rows[j] = (const uint16_t*)data + at;
-        } else {
-          const vf scale = set1(scales[slot * heads + item.kv_head]);
-          for (int64_t d = 0; d < dim; d += LANES) store_bf16(copy + d, to_float(load_s8((const int8_t*)data + at + d)) * scale);
+        p = select_gt(p, zero(), p * load(value_scales[g]), zero());
+        largest = max(largest, p);
+        store(scores + g * GROUP, p);
+      }
+    }
+    s.tile.peak[row] = peak, s.tile.sum[row] = hsum(sum);
+    if (Cell::BYTES == 2) return;
+    const float bound = hmax(largest);
+    const vf inverse = set1(bound > 0 ? (float)LARGEST / bound : 0.0f);
+    for (int64_t g = from; g < until; ++g) store_weights(weights + g * GROUP, load(scores + g * GROUP) * inverse, Cell());
+    weight_unit[row] = bound / (float)LARGEST;
+  }
+
+  // out[row][d..] += weights * values over groups [g, until), for R rows and N vectors of dimensions.
+  template <int R, int N>
+  void sum_values(int64_t row, int64_t d, int64_t g, int64_t until, bool is_first, int64_t last) {
+    typename Cell::Sum sum[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
+    const bool fetches = row == 0;
+    for (; g < until; ++g) {
+      const uint8_t* v = values[g] + d * 2 * Cell::BYTES;
+      const uint8_t* ahead = values[std::min(g + VALUE_GROUPS, last - 1)] + d * 2 * Cell::BYTES;
+      const uint16_t* p = s.weights + row * STRIDE + g * GROUP;
+      for (int64_t j = 0; j < GROUP / 2; ++j) {
+        vi x[N];
+        for (int i = 0; i < N; ++i) x[i] = Cell::load(v + (j * dim + LANES * i) * 2 * Cell::BYTES);
+        if (fetches)
+          for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead + (j * dim + LANES * i) * 2 * Cell::BYTES, _MM_HINT_T0);
+        for (int r = 0; r < R; ++r) {
+          const vi w = pair_at(p + r * STRIDE + 2 * j);
+          for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], x[i], w);
         }
       }
-      if (++offset == block_size) offset = 0, ++block;
-    }
-  }
-
-  // The rows of a cache are far apart (the other heads lie between), so nobody else fetches them ahead.
-  void prefetch_rows(const Item& item, const void* data, int64_t begin, int64_t end) const {
-    const int32_t* blocks = a.block_table + item.seq * a.max_blocks;
-    const int64_t heads = a.cache.num_kv_heads, block_size = a.cache.block_size, size = a.cache.is_int8 ? dim : 2 * dim;
-    int64_t block = begin / block_size, offset = begin % block_size;
-    for (int64_t position = begin; position < end; ++position) {
-      const char* row = (const char*)data + ((blocks[block] * block_size + offset) * heads + item.kv_head) * size;
-      for (int64_t i = 0; i < size; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
-      if (++offset == block_size) offset = 0, ++block;
-    }
-  }
-
-  void pack_keys(const uint16_t* const* rows) {
-    for (int64_t d = 0; d < dim; d += 32)
-      for (int64_t j = 0; j < KEYS; j += 16) transpose16(rows + j, d, s.keys + d / 2 * KEYS + j, KEYS);
-  }
-
-  void pack_values(const uint16_t* const* rows) {
-#if defined(__AVX512F__)
-    alignas(64) uint16_t order[64];  // (first[d], second[d]) for 16 d, then for the next 16
-    for (int i = 0; i < 64; ++i) order[i] = (uint16_t)(i / 2 + (i % 2) * 32);
-    const __m512i low = _mm512_load_si512(order), high = _mm512_load_si512(order + 32);
-    for (int64_t j = 0; j < KEYS; j += 2)
-      for (int64_t d = 0; d < dim; d += 32) {
-        const __m512i first = _mm512_loadu_si512(rows[j] + d), second = _mm512_loadu_si512(rows[j + 1] + d);
-        _mm512_store_si512(s.values + j / 2 * dim + d, _mm512_permutex2var_epi16(first, low, second));
-        _mm512_store_si512(s.values + j / 2 * dim + d + 16, _mm512_permutex2var_epi16(first, high, second));
-      }
-#else
-    for (int64_t j = 0; j < KEYS; j += 2)
-      for (int64_t d = 0; d < dim; d += LANES)
-        storei(s.values + j / 2 * dim + d, load_u16(rows[j] + d) | shl<16>(load_u16(rows[j + 1] + d)));
-#endif
-  }
-
-  template <int R>
-  void score_rows(int64_t row) {
-    vf acc[R][4];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 4; ++i) acc[r][i] = zero();
-    const uint16_t* q = s.queries + row * dim;
-    for (int64_t pair = 0; pair < dim / 2; ++pair) {
-      const uint32_t* k = s.keys + pair * KEYS;
-      const vi k0 = loadi(k), k1 = loadi(k + 16), k2 = loadi(k + 32), k3 = loadi(k + 48);
-      for (int r = 0; r < R; ++r) {
-        int32_t two;
-        std::memcpy(&two, q + r * dim + 2 * pair, 4);
-        const vi x = set1i(two);
-        acc[r][0] = dot2(acc[r][0], k0, x), acc[r][1] = dot2(acc[r][1], k1, x);
-        acc[r][2] = dot2(acc[r][2], k2, x), acc[r][3] = dot2(acc[r][3], k3, x);
-      }
     }
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 4; ++i) store(s.scores + (row + r) * KEYS + 16 * i, acc[r][i]);
-  }
-
-  // out[row][d..] = out * decay + weights * values, for R rows and N vectors of dimensions.
-  template <int R, int N>
-  void value_rows(int64_t row, int64_t d, const float* decay) {
-    vf acc[R][N];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < N; ++i) acc[r][i] = load(s.split.out + (row + r) * dim + d + 16 * i) * set1(decay[row + r]);
-    for (int64_t j = 0; j < KEYS / 2; ++j) {
-      vi v[N];
-      for (int i = 0; i < N; ++i) v[i] = loadi(s.values + j * dim + d + 16 * i);
-      for (int r = 0; r < R; ++r) {
-        int32_t two;
-        std::memcpy(&two, s.weights + (row + r) * KEYS + 2 * j, 4);
-        const vi p = set1i(two);
-        for (int i = 0; i < N; ++i) acc[r][i] = dot2(acc[r][i], v[i], p);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < N; ++i) store(s.split.out + (row + r) * dim + d + 16 * i, acc[r][i]);
-  }
-
-  template <int N>
-  void value_columns(int64_t rows, int64_t d, const float* decay) {
-    constexpr int R = N == 8 ? 3 : 6;
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) value_rows<R, N>(r, d, decay);
-    for (; r < rows; ++r) value_rows<1, N>(r, d, decay);
-  }
-
-  // Scores to probabilities of one row; returns the factor by which its older sums shrink.
-  float softmax_row(int64_t row, int64_t key, int64_t position) {
-    const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
-    float* scores = s.scores + row * KEYS;
-    if (key < oldest || key + KEYS > position + 1)
-      for (int64_t j = 0; j < KEYS; ++j)
-        if (key + j > position || key + j < oldest) scores[j] = NEVER;
-    const vf scale = set1(a.scale);
-    vf x[4], top;
-    for (int i = 0; i < 4; ++i) x[i] = load(scores + 16 * i) * scale;
-    top = max(max(x[0], x[1]), max(x[2], x[3]));
-    const float old = s.split.peak[row], peak = std::max(old, hmax(top));
-    uint16_t* weights = s.weights + row * KEYS;
-    if (peak == NEVER) {
-      std::memset(weights, 0, KEYS * 2);
-      return 1.0f;
-    }
-    const vf shift = set1(peak), floor = set1(-1e30f);
-    for (int i = 0; i < 4; ++i) {
-      x[i] = select_gt(x[i], floor, exp(x[i] - shift), zero());
-      store_bf16(weights + 16 * i, x[i]);
-    }
-    const float decay = old == NEVER ? 0.0f : one_exp(old - peak);
-    s.split.peak[row] = peak;
-    s.split.sum[row] = s.split.sum[row] * decay + hsum((x[0] + x[1]) + (x[2] + x[3]));
-    return decay;
-  }
-
-  void tile(const Item& item, int64_t key, int64_t begin, int64_t end, int64_t rows) {
-    const uint16_t* pointers[KEYS];
-    prefetch_rows(item, a.cache.v, begin, end);
-    find_rows(item, a.cache.k, a.cache.k_scale, key, begin, end, pointers);
-    pack_keys(pointers);
-    if (end < item.end) prefetch_rows(item, a.cache.k, end, std::min(end + KEYS, item.end));
-    find_rows(item, a.cache.v, a.cache.v_scale, key, begin, end, pointers);
-    pack_values(pointers);
-    int64_t r = 0;
-    for (; r + 6 <= rows; r += 6) score_rows<6>(r);
-    for (; r + 2 <= rows; r += 2) score_rows<2>(r);
-    for (; r < rows; ++r) score_rows<1>(r);
-    float decay[MAX_ROWS];
-    for (r = 0; r < rows; ++r) decay[r] = softmax_row(r, key, item.position + r / group);
-    int64_t d = 0;
-    for (; d + 128 <= dim; d += 128) value_columns<8>(rows, d, decay);
-    for (; d + 64 <= dim; d += 64) value_columns<4>(rows, d, decay);
-    for (; d < dim; d += 32) value_columns<2>(rows, d, decay);
+      for (int i = 0; i < N; ++i) Cell::put(s.tile.out + (row + r) * dim + d + LANES * i, sum[r][i]);
   }
 };
+
+// Adds a tile's state of one row to the state of the tiles before it.
+static void merge_row(int64_t dim, float& peak, float& sum, float* out, float tile_peak, float tile_sum, const float* tile_out) {
+  if (tile_peak == NEVER) return;
+  const float top = std::max(peak, tile_peak), keep = power_of_two(peak - top), add = power_of_two(tile_peak - top);
+  sum = sum * keep + tile_sum * add;
+  for (int64_t d = 0; d < dim; d += LANES) store(out + d, fma(load(tile_out + d), set1(add), load(out + d) * set1(keep)));
+  peak = top;
+}
+
+static void clear(State& state, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r) state.peak[r] = NEVER, state.sum[r] = 0;
+  std::memset(state.out, 0, rows * dim * 4);
+}
+
+static int64_t num_tiles(const Item& item) { return item.end > item.begin ? (item.end - 1) / TILE - item.begin / TILE + 1 : 0; }
 
 AttentionPlan::AttentionPlan(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.cache.num_kv_heads, tokens = std::max<int64_t>(1, MAX_ROWS / group);
   std::vector<Item> whole;
-  int64_t splits = 0;
+  int64_t tiles = 0;
   for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
     const int64_t begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
     for (int64_t t = begin; t < end; t += tokens) {
       const int64_t count = std::min(tokens, end - t), position = a.seq_lens[seq] - end + t;
       const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
-      for (int64_t h = 0; h < a.cache.num_kv_heads; ++h) whole.push_back({seq, t, count, position, h, oldest, position + count, -1});
-      splits = std::max(splits, (position + count) / SPLIT - oldest / SPLIT + 1);
+      for (int64_t h = 0; h < a.cache.num_kv_heads; ++h) {
+        whole.push_back({seq, t, count, position, h, oldest, position + count, -1});
+        tiles += num_tiles(whole.back());
+      }
     }
   }
-  if (a.num_threads == 1 || splits < 3 || (int64_t)whole.size() >= 8 * a.num_threads) {
-    items.assign(whole.rbegin(), whole.rend());  // the longest contexts first
-    return;
-  }
-  for (const Item& item : whole) {
-    first_part.push_back(partial_rows);
-    for (int64_t split = item.begin / SPLIT * SPLIT; split < item.end; split += SPLIT) {
-      Item part = item;
-      part.begin = std::max(item.begin, split), part.end = std::min(item.end, split + SPLIT);
+  // An item with more than its share of the tiles would keep one thread busy when the others have finished.
+  const int64_t share = std::max<int64_t>(1, tiles / (8 * a.num_threads));
+  for (auto item = whole.rbegin(); item != whole.rend(); ++item) {  // the longest contexts first
+    if (a.num_threads == 1 || num_tiles(*item) <= 2 * share) {
+      items.push_back(*item);
+      continue;
+    }
+    first_part.push_back(partial_rows), num_parts.push_back(num_tiles(*item)), outputs.push_back(*item);
+    for (int64_t tile = item->begin / TILE * TILE; tile < item->end; tile += share * TILE) {
+      Item part = *item;
+      part.begin = std::max(item->begin, tile), part.end = std::min(item->end, tile + share * TILE);
       part.partial = partial_rows;
-      partial_rows += item.count * group;
+      partial_rows += num_tiles(part) * item->count * group;
       items.push_back(part);
     }
-    num_parts.push_back((partial_rows - first_part.back()) / (item.count * group));
-    outputs.push_back(item);
   }
 }
 
@@ -329,36 +429,50 @@ static int64_t partial_stride(const AttentionArgs& args) { return args.cache.hea
 
 int64_t attention_scratch(const AttentionArgs& args, const AttentionPlan& plan) { return plan.partial_rows * partial_stride(args) * 4; }
 
-void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* shared) {
-  const int64_t dim = args.cache.head_dim, stride = partial_stride(args), group = args.num_heads / args.cache.num_kv_heads;
-  float* partials = (float*)shared;
+template <class Cell>
+static void attend(Team& team, const AttentionArgs& args, const AttentionPlan& plan, float* partials) {
+  const int64_t dim = args.cache.head_dim, stride = partial_stride(args);
   Scratch& scratch = *(Scratch*)workspace(2, sizeof(Scratch));
-  Attention attention(args, scratch);
+  State &tile = scratch.tile, &total = scratch.total;
+  Rows<Cell> rows(args, scratch);
+  const auto merge = [&](int64_t r, float peak, float sum, const float* out) {
+    merge_row(dim, total.peak[r], total.sum[r], total.out + r * dim, peak, sum, out);
+  };
+  const auto write = [&] {
+    for (int64_t r = 0; r < rows.rows; ++r) rows.write(r, total.sum[r], total.out + r * dim);
+  };
   team.share((int64_t)plan.items.size(), [&](int64_t i) {
     const Item& item = plan.items[i];
-    attention.run(item, scratch.total);
-    for (int64_t r = 0; r < item.count * group; ++r) {
-      if (item.partial < 0) {
-        attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
-        continue;
+    rows.start(item);
+    if (item.partial < 0) clear(total, rows.rows, dim);
+    float* row = partials + item.partial * stride;
+    for (int64_t base = item.begin / TILE * TILE; base < item.end; base += TILE) {
+      rows.tile(base);
+      for (int64_t r = 0; r < rows.rows; ++r) {
+        if (item.partial < 0) {
+          merge(r, tile.peak[r], tile.sum[r], tile.out + r * dim);
+          continue;
+        }
+        std::memcpy(row, tile.out + r * dim, dim * 4);
+        row[dim] = tile.peak[r], row[dim + 1] = tile.sum[r];
+        row += stride;
       }
-      float* row = partials + (item.partial + r) * stride;
-      std::memcpy(row, scratch.total.out + r * dim, dim * 4);
-      row[dim] = scratch.total.peak[r], row[dim + 1] = scratch.total.sum[r];
     }
+    if (item.partial < 0) write();
   });
   if (plan.outputs.empty()) return;
   team.share((int64_t)plan.outputs.size(), [&](int64_t i) {
-    const Item& item = plan.outputs[i];
-    const int64_t rows = item.count * group;
-    attention.clear(scratch.total, rows);
+    rows.start(plan.outputs[i]);
+    clear(total, rows.rows, dim);
+    const float* row = partials + plan.first_part[i] * stride;
     for (int64_t part = 0; part < plan.num_parts[i]; ++part)
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* row = partials + (plan.first_part[i] + part * rows + r) * stride;
-        attention.merge_row(scratch.total.peak[r], scratch.total.sum[r], scratch.total.out + r * dim, row[dim], row[dim + 1], row);
-      }
-    for (int64_t r = 0; r < rows; ++r) attention.write(item, r, scratch.total.sum[r], scratch.total.out + r * dim);
+      for (int64_t r = 0; r < rows.rows; ++r, row += stride) merge(r, row[dim], row[dim + 1], row);
+    write();
   });
+}
+
+void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* scratch) {
+  args.cache.is_int8 ? attend<Int8>(team, args, plan, (float*)scratch) : attend<Bf16>(team, args, plan, (float*)scratch);
 }
 
 void attention(const AttentionArgs& args) {

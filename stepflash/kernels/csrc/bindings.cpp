@@ -232,17 +232,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qkv_gate(const Tensor& x, const Tenso
 }
 
 Cache cache_of(const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k_scale, const OptTensor& v_scale) {
-  TORCH_CHECK(k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() && v_cache.is_contiguous(),
-              "caches must be contiguous [num_blocks, block_size, num_kv_heads, head_dim]");
+  TORCH_CHECK(k_cache.dim() == 5 && v_cache.dim() == 5 && k_cache.size(4) == 2 && v_cache.size(4) == 2 && k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                  k_cache.size(0) == v_cache.size(0) && k_cache.size(1) == v_cache.size(1) && 2 * k_cache.size(2) == v_cache.size(3) && k_cache.size(3) == 2 * v_cache.size(2),
+              "caches must be contiguous, keys [num_blocks, num_kv_heads, head_dim / 2, block_size, 2], values [num_blocks, num_kv_heads, block_size / 2, head_dim, 2]; got ",
+              k_cache.sizes(), " and ", v_cache.sizes());
   const auto type = k_cache.scalar_type();
   TORCH_CHECK((type == at::kBFloat16 || type == at::kChar) && v_cache.scalar_type() == type, "caches must be bfloat16 or int8");
-  TORCH_CHECK(k_cache.size(3) % 32 == 0 && k_cache.size(3) <= 256, "head_dim must be a multiple of 32 and at most 256, got ", k_cache.size(3));
   Cache c;
   c.k = k_cache.data_ptr(), c.v = v_cache.data_ptr();
-  c.block_size = k_cache.size(1), c.num_kv_heads = k_cache.size(2), c.head_dim = k_cache.size(3), c.is_int8 = type == at::kChar;
+  c.num_blocks = k_cache.size(0), c.num_kv_heads = k_cache.size(1), c.block_size = k_cache.size(3), c.head_dim = v_cache.size(3), c.is_int8 = type == at::kChar;
+  TORCH_CHECK(c.head_dim % 32 == 0 && c.head_dim <= 256, "head_dim must be a multiple of 32 and at most 256, got ", c.head_dim);
   c.k_scale = (float*)pointer<float>(k_scale, at::kFloat, "k_scale"), c.v_scale = (float*)pointer<float>(v_scale, at::kFloat, "v_scale");
   TORCH_CHECK(!c.is_int8 || (c.k_scale && c.v_scale && k_scale->numel() * c.head_dim == k_cache.numel() && v_scale->numel() * c.head_dim == v_cache.numel()),
-              "int8 caches need k_scale and v_scale [num_blocks, block_size, num_kv_heads]");
+              "int8 caches need k_scale and v_scale [num_blocks, num_kv_heads, block_size]");
   return c;
 }
 
@@ -256,7 +258,7 @@ void cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, const 
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(1) == a.cache.num_kv_heads && k.size(2) == a.cache.head_dim && slots.numel() == a.num_tokens,
               "cache_write: k and v must be [num_tokens, num_kv_heads, head_dim] of the cache, slots [num_tokens]");
   a.slots = pointer<int64_t>(slots, at::kLong, "slot_mapping");
-  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
+  const int64_t num_slots = a.cache.num_blocks * a.cache.block_size;
   for (int64_t i = 0; i < a.num_tokens; ++i) TORCH_CHECK(a.slots[i] < num_slots, "cache_write: slot ", a.slots[i], " of ", num_slots);
   if (a.num_tokens > 0) kernels().cache_write(a);
 }
@@ -284,7 +286,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
     const int64_t oldest = window > 0 ? std::max(first_key, first - window + 1) : first_key;
     for (int64_t b = oldest / a.cache.block_size; b <= (length - 1) / a.cache.block_size; ++b) {
       const int64_t block = a.block_table[s * a.max_blocks + b];
-      TORCH_CHECK(block >= 0 && block < k_cache.size(0), "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", k_cache.size(0), " blocks");
+      TORCH_CHECK(block >= 0 && block < a.cache.num_blocks, "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", a.cache.num_blocks, " blocks");
     }
   }
   Tensor out = at::empty(q.sizes(), q.options());
