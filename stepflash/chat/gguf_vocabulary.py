@@ -91,7 +91,7 @@ def vocabulary_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _special_ids(tokenizer: CheckpointTokenizer) -> dict[str, Any]:
-    """bos, the two ends that llama.cpp has keys for, and all of them under a key of ours."""
+    """bos, the three ends that llama.cpp has keys for, and all of them under a key of ours."""
     ids: dict[str, Any] = {}
     if tokenizer.bos_token_id is not None:
         ids["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
@@ -100,7 +100,7 @@ def _special_ids(tokenizer: CheckpointTokenizer) -> dict[str, Any]:
     if turn_end in ends:
         ends.remove(turn_end)
         ends.insert(0, turn_end)
-    for name, token_id in zip(("eos", "eot"), ends, strict=False):
+    for name, token_id in zip(("eos", "eot", "eom"), ends, strict=False):
         ids[f"tokenizer.ggml.{name}_token_id"] = token_id
     if ends:
         ids["stepflash.eos_token_ids"] = sorted(ends)

@@ -52,6 +52,8 @@ class Llama:
             ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float)),
             ("llama_model_quantize", ctypes.c_uint32),
             ("llama_tokenize", ctypes.c_int32),
+            ("llama_model_chat_template", ctypes.c_char_p),
+            ("llama_vocab_is_eog", ctypes.c_bool),
         ):
             getattr(self.library, name).restype = result
         self.library.llama_backend_init()
@@ -83,6 +85,16 @@ class Llama:
         self.library.llama_free(context)
         self.library.llama_model_free(model)
         return np.array(rows, dtype=np.float32)
+
+    def template_and_ends(self, path: Path) -> tuple[str, set[int]]:
+        """The chat template that it finds, and the tokens at which it stops."""
+        model = self.load(path)
+        vocab = ctypes.c_void_p(self.library.llama_model_get_vocab(model))
+        template = self.library.llama_model_chat_template(model, None).decode()
+        count = self.library.llama_vocab_n_tokens(vocab)
+        ends = {token for token in range(count) if self.library.llama_vocab_is_eog(vocab, token)}
+        self.library.llama_model_free(model)
+        return template, ends
 
     def tokenize(self, path: Path, text: str) -> list[int]:
         model = self.load(path)

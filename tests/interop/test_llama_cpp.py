@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepflash import LLM, SamplingParams
+from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.gguf_file import GGUFTensor, read_gguf
 from stepflash.tools.conversion import convert
@@ -39,19 +41,36 @@ def test_micro_has_the_same_greedy_tokens(llama: Llama, tmp_path: Path) -> None:
     assert difference.max() < 0.02  # its keys and values are float16
 
 
-@pytest.mark.skipif(not NANO_FOLDER.is_dir(), reason="nano's weights are not part of this checkout")
-def test_nano_has_the_same_greedy_tokens(llama: Llama, tmp_path: Path) -> None:
-    convert("nano", tmp_path / "m.gguf", "gguf", "f32")
-    tokenizer = Tokenizer.from_pretrained(
-        "stepflash/nano/weights" if not NANO_FOLDER.is_dir() else NANO_FOLDER
-    )
-    ids = torch.tensor(
-        tokenizer.encode("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n")
-    )
-    theirs = torch.from_numpy(llama.logits(tmp_path / "m.gguf", ids.tolist())).log_softmax(-1)
-    ours = load_model(tmp_path / "m.gguf", dtype="float32").logits(ids).log_softmax(-1)
-    assert (theirs.argmax(-1) == ours.argmax(-1)).float().mean() > 0.97
-    assert (theirs - ours).abs().amax(-1).mean() < 0.05
+@pytest.mark.parametrize(("type_name", "wanted"), [("f32", 1.0), ("bf16", 0.95), ("q8_0", 0.95), ("q4_k_s", 0.95)])
+@pytest.mark.parametrize("keep_mtp", [True, False])
+def test_nano_says_the_same(
+    llama: Llama, tmp_path: Path, type_name: str, wanted: float, keep_mtp: bool
+) -> None:
+    """Our greedy answers, from the same file, are llama.cpp's; below float32 it rounds activations, and near ties turn."""
+    file = tmp_path / "nano.gguf"
+    convert("nano", file, "gguf", type_name, keep_mtp=keep_mtp)
+    tokenizer = Tokenizer.from_pretrained(NANO_FOLDER)
+    llm = LLM(str(file), dtype="float32" if type_name == "f32" else "bfloat16")
+    sampling = SamplingParams(max_tokens=80, temperature=0.0, ignore_eos=True)
+    same = total = 0
+    for question in ("What is 17 + 25?", "Sort 9, 2, 5, 1, 7"):
+        prompt = tokenizer.encode(
+            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+        )
+        answer = list(llm.generate([prompt], sampling, progress=False)[0].token_ids)
+        theirs = llama.logits(file, prompt + answer).argmax(-1)[len(prompt) - 1 : -1]
+        same += int((theirs == answer).sum())
+        total += len(answer)
+    print(f"\nnano {type_name}: {same} of {total} greedy tokens are the same")
+    assert same >= wanted * total
+
+
+def test_template_and_ends_are_read(llama: Llama, tmp_path: Path) -> None:
+    convert("nano", tmp_path / "nano.gguf", "gguf", "bf16")
+    tokenizer = Tokenizer.from_pretrained(NANO_FOLDER)
+    template, ends = llama.template_and_ends(tmp_path / "nano.gguf")
+    assert template == ChatTemplate.from_pretrained(NANO_FOLDER, tokenizer).sources["default"]
+    assert tokenizer.eos_token_ids <= ends
 
 
 def test_micro_has_the_same_tokenizer(llama: Llama, tmp_path: Path) -> None:
