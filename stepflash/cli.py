@@ -21,6 +21,7 @@ from stepflash.settings import (
     DEFAULT_MODEL,
     DTYPES,
     KV_DTYPES,
+    LOG_FORMATS,
     EngineSettings,
     ServerSettings,
     did_you_mean,
@@ -150,7 +151,85 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="accept only requests with this key; may be given several times",
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="the name that clients use")
+    _add_access(parser)
+    _add_limits(parser, server)
     _add_engine(parser)
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access and logs")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="accept the keys in this file: one a line, a name may follow; also from STEPFLASH_API_KEY",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages from there use the API, as in https://chat.example; may be given several times",
+    )
+    group.add_argument(
+        "--log-format", default="auto", metavar="FORMAT", help=f"{', '.join(LOG_FORMATS)} (%(default)s)"
+    )
+    group.add_argument("--log-prompts", action="store_true", help="put the prompts into the log")
+    group.add_argument(
+        "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces there (needs stepflash[otel])"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser, server: ServerSettings) -> None:
+    group = parser.add_argument_group("limits", "a client is an API key, or an address if there are no keys")
+    group.add_argument("--requests-per-minute", type=int, metavar="N", help="of one client")
+    group.add_argument("--tokens-per-minute", type=int, metavar="N", help="of one client, prompts included")
+    group.add_argument("--max-requests-per-client", type=int, metavar="N", help="that run and wait at once")
+    group.add_argument(
+        "--max-open-answers",
+        type=int,
+        default=server.max_open_answers,
+        metavar="N",
+        help="that run and wait for all clients; more are refused with 429 or 529 (%(default)s)",
+    )
+    group.add_argument("--max-output-tokens", type=int, metavar="N", help="longest answer, thought included")
+    group.add_argument(
+        "--max-body-mb",
+        type=float,
+        default=server.max_body_bytes / 2**20,
+        metavar="MB",
+        help="largest request (%(default)g)",
+    )
+    group.add_argument(
+        "--drain-seconds",
+        type=int,
+        default=server.drain_seconds,
+        metavar="N",
+        help="how long running answers may go on after SIGTERM (%(default)s)",
+    )
+
+
+def _server_settings(args: argparse.Namespace) -> ServerSettings:
+    keys = (*args.api_key, *filter(None, [os.environ.get("STEPFLASH_API_KEY")]))
+    if args.api_key_file is not None:
+        from stepflash.server.keys import read_key_file
+
+        keys += read_key_file(args.api_key_file)
+    return ServerSettings(
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        max_output_tokens=args.max_output_tokens,
+        max_open_answers=args.max_open_answers,
+        max_requests_per_client=args.max_requests_per_client,
+        requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
+        drain_seconds=args.drain_seconds,
+        log_format=args.log_format,
+        log_prompts=args.log_prompts,
+        otlp_endpoint=args.otlp_endpoint,
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -261,15 +340,19 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     engine_settings = _engine_settings(args)
-    settings = ServerSettings(host=args.host, port=args.port, api_keys=tuple(args.api_key))
+    settings = _server_settings(args)
 
     from stepflash.assistant.local import open_session
+    from stepflash.server import logs, tracing
     from stepflash.server.app import create_app
     from stepflash.server.run import listen, run_server
 
+    logs.configure(settings)
+    exporter = tracing.span_exporter(settings.otlp_endpoint) if settings.otlp_endpoint else None
     with listen(settings) as listener, open_session(args.model, engine_settings) as local:
         name = args.served_model_name or local.name
-        app = create_app(local.session, name, settings=settings, defaults=local.sampling)
+        on_closed = () if exporter is None else (exporter,)
+        app = create_app(local.session, name, settings=settings, defaults=local.sampling, on_closed=on_closed)
         return run_server(app, listener, settings, name)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from stepflash.errors import ConfigError
 DEFAULT_MODEL = "nano"
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("float32", "bfloat16", "int8")
+LOG_FORMATS = ("auto", "json", "text", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +53,62 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Where and for whom to serve. `is_canonical` takes known noise of clients out of prompts (see
-    `stepflash.chat.canonical`); False renders them as they come."""
+    """Where and for whom to serve, and how much.
+
+    `api_keys` are "KEY" or "KEY NAME". `cors_origins`: web pages that may use the API. The limits per client (a key,
+    or an address where there are no keys) are off if None; `max_open_answers` run and wait in all, then 429 or
+    529 is the answer. `is_canonical` takes known noise of clients out of prompts (see
+    `stepflash.chat.canonical`); False renders them as they come.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 64 * 2**20
+    body_seconds: float = 60.0
+    send_seconds: float = 300.0
+    max_output_tokens: int | None = None
+    max_open_answers: int = 1024
+    max_requests_per_client: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     drain_seconds: int = 30
+    log_format: str = "auto"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None
     is_canonical: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
-        if any(not key for key in self.api_keys):
+        if any(not key.strip() for key in self.api_keys):
             raise ConfigError("api_key must not be empty; leave the option out to serve without keys")
+        if any(key[:1].isspace() for key in self.api_keys):
+            raise ConfigError("api_key must not begin with a space")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if self.drain_seconds < 0:
+            raise ConfigError(f"drain_seconds must be at least 0, got {self.drain_seconds}")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ConfigError(f"cors_origin must be as in 'https://chat.example', got {origin!r}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+_COUNTS = (
+    "max_body_bytes",
+    "body_seconds",
+    "send_seconds",
+    "max_output_tokens",
+    "max_open_answers",
+    "max_requests_per_client",
+    "requests_per_minute",
+    "tokens_per_minute",
+)
 
 
 def is_debug() -> bool:

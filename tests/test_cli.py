@@ -338,7 +338,15 @@ def test_serve_answers_over_http() -> None:
         status = process.wait(timeout=60)
         rest = process.stderr.read()
         process.stderr.close()
-    assert (status, rest) == (0, "")
+    assert status == 0
+    # Nothing but log lines, and no prompt in them.
+    told = [json.loads(line) for line in rest.splitlines()]
+    assert [(entry["route"], entry["status"]) for entry in told][:3] == [
+        ("other", 401),
+        ("/v1/models", 200),
+        ("/v1/chat/completions", 200),
+    ]
+    assert "hello" not in rest
 
 
 def _check_server(url: str) -> None:

@@ -173,6 +173,7 @@ class AnswerReader:
                 drafted_tokens=sum(stats.num_drafted_tokens),
                 accepted_draft_tokens=sum(stats.num_accepted_tokens),
                 num_steps=stats.num_steps,
+                queue_seconds=stats.queue_seconds,
             )
         self._usage = usage
 

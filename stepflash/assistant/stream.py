@@ -30,7 +30,7 @@ from stepflash.engine.request import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an answer cost so far, in tokens; `num_steps` counts runs of the trunk."""
+    """What an answer cost so far, in tokens; `num_steps` counts runs of the trunk. `queue_seconds` it waited."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -39,6 +39,7 @@ class Usage:
     drafted_tokens: int = 0
     accepted_draft_tokens: int = 0
     num_steps: int = 0
+    queue_seconds: float = 0.0
 
 
 def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:

@@ -8,6 +8,7 @@ It is written beside its final name and moved there when complete.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -136,7 +137,7 @@ def save(path: Path, cache: KVCache, prefix: PrefixCache, digest: str, max_bytes
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a cache file, long before `save` needs it.
+    """Make the folder of a cache file, long before `save` needs it; remove what a process that was killed left.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -147,6 +148,8 @@ def check_writable(path: Path) -> None:
             raise IsADirectoryError(f"{path} is a folder")
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{path.parent} is not writable")
+        for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"the prefix cache cannot be saved: {error}; choose another file") from error
 

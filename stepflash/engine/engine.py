@@ -23,6 +23,7 @@ from stepflash.engine.request import Output, Request
 from stepflash.errors import EngineError
 
 logger = logging.getLogger(__name__)
+IDLE_SECONDS = 5.0  # without work, before the prefix cache is saved
 T = TypeVar("T")
 # What a stream receives: outputs, or why its request was refused.
 _Stream = asyncio.Queue[Output | BaseException]
@@ -38,6 +39,7 @@ class Engine:
         self._stats = core.stats()
         self._is_closed = False
         self.num_restarts = 0
+        self._num_saved = 0  # finished requests when the prefix cache was last saved
         self._thread = self._start(self._run)
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
@@ -154,6 +156,10 @@ class Engine:
                 # Nobody can say what the failure left behind; a core that is not sound is replaced.
                 self._core.check_integrity()
         self._end_all(EngineError("the engine was closed"))
+        self._save()
+
+    def _save(self) -> None:
+        self._num_saved = self._stats.num_finished
         try:
             self._core.close()
         except OSError:
@@ -172,12 +178,22 @@ class Engine:
             _call(loop, lambda stream=stream, output=output: stream.put_nowait(output))  # type: ignore[misc]
 
     def _handle_inbox(self) -> bool:
-        """Do what others asked for; waits while there is nothing else to do. False to end."""
+        """Do what others asked for; waits while there is nothing else to do. False to end.
+
+        A while without work is used to save the prefix cache, so that a process that is killed loses little of it.
+        """
         while True:
+            is_busy = self._core.has_work
+            is_saved = self._core.config.prefix_cache_path is None or (
+                self._num_saved == self._stats.num_finished
+            )
             try:
-                command = self._inbox.get(block=not self._core.has_work)
+                command = self._inbox.get(not is_busy, None if is_saved else IDLE_SECONDS)
             except queue.Empty:
-                return True
+                if is_busy:
+                    return True
+                self._save()
+                continue
             if command is None:
                 return False
             command()

@@ -79,7 +79,6 @@ class AnthropicRoutes:
             return self.session.num_prompt_tokens(self.service.canonical(conversation), prefill)
 
         num_tokens = await self.service.prepared(count, len(raw))
-        self.service.count(request, 200)
         return JSONResponse({"input_tokens": num_tokens})
 
 

@@ -10,6 +10,8 @@ from starlette.responses import JSONResponse
 from stepflash.errors import StepflashError
 from stepflash.server import anthropic_errors, openai_errors
 
+_OPENAI_TYPES = {429: "rate_limit_error"}
+
 
 def is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
@@ -30,6 +32,6 @@ def message_response(
     if is_anthropic(path):
         body = anthropic_errors.error_json(status, message)
     else:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "server_error" if status >= 500 else _OPENAI_TYPES.get(status, "invalid_request_error")
         body = openai_errors.error_json(message, type=kind, code=code)
     return JSONResponse(body, status, headers=dict(headers or {}))

@@ -1,91 +1,118 @@
-"""Counters of the server in Prometheus' text format.
+"""What `/metrics` shows, in Prometheus' text format.
 
-Everything runs in the event loop's thread, so plain numbers do. Numbers that the engine reports through
-`stats()` are shown beside ours as `stepflash_engine_*`.
+What clients see is counted here, from closed records and from the steps of running answers. What the engine
+reports through `stats()` is shown beside it as `stepflash_engine_*`, read at the moment of asking.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from stepflash.assistant.stream import Usage
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+from stepflash.server.request_records import RequestRecord
 
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+TOKEN_KINDS = ("prompt", "cached", "generated", "reasoning", "drafted", "accepted")
 
-class Histogram:
-    """Counts of durations in fixed buckets."""
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKETS_SECONDS) + 1)
-        self._sum_seconds = 0.0
-
-    def add(self, seconds: float) -> None:
-        self._counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
-        self._sum_seconds += seconds
-
-    def lines(self, name: str) -> Iterator[str]:
-        yield f"# TYPE {name} histogram"
-        total = 0
-        for bound, count in zip((*BUCKETS_SECONDS, "+Inf"), self._counts, strict=True):
-            total += count
-            yield f'{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{name}_sum {self._sum_seconds:.6f}"
-        yield f"{name}_count {total}"
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """What `/metrics` shows; `last_token_at` is on the monotonic clock."""
+    """Counters, gauges and histograms of one application. `engine_stats` is asked at every scrape."""
 
-    def __init__(self) -> None:
-        self.num_running = 0
-        self.last_token_at = float("-inf")
-        self.first_token_seconds = Histogram()
-        self.answer_seconds = Histogram()
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._tokens: Counter[str] = Counter()
+    def __init__(self, engine_stats: Callable[[], Any]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "stepflash_requests",
+            "HTTP requests by route and status (499: the client left)",
+            ("route", "status"),
+            registry=registry,
+        )
+        self._answers = Counter(
+            "stepflash_answers", "answers by how they ended", ("finish_reason",), registry=registry
+        )
+        tokens = Counter("stepflash_tokens", "tokens of ended answers", ("kind",), registry=registry)
+        self._tokens = {kind: tokens.labels(kind) for kind in TOKEN_KINDS}
+        self.running_answers = Gauge(
+            "stepflash_running_answers", "answers that run or wait", registry=registry
+        )
+        self._queue_seconds = Histogram(
+            "stepflash_queue_seconds", "from submission to the first step", buckets=SECONDS, registry=registry
+        )
+        self._first_token_seconds = Histogram(
+            "stepflash_first_token_seconds",
+            "from submission to the first token",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.token_seconds = Histogram(
+            "stepflash_inter_token_seconds",
+            "between tokens after the first; a step's time is shared by its tokens",
+            buckets=TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._answer_seconds = Histogram(
+            "stepflash_answer_seconds", "from submission to the end", buckets=SECONDS, registry=registry
+        )
+        registry.register(_EngineStats(engine_stats))
 
-    def count_request(self, route: str, status: int) -> None:
-        self._requests[route, status] += 1
-
-    def count_usage(self, usage: Usage) -> None:
-        self._tokens["prompt"] += usage.prompt_tokens
-        self._tokens["cached"] += usage.cached_tokens
-        self._tokens["generated"] += usage.completion_tokens
-        self._tokens["drafted"] += usage.drafted_tokens
-        self._tokens["accepted"] += usage.accepted_draft_tokens
-
-    def render(self, engine_stats: Any) -> str:
-        lines = ["# TYPE stepflash_requests_total counter"]
-        for (route, status), count in sorted(self._requests.items()):
-            lines.append(f'stepflash_requests_total{{route="{route}",status="{status}"}} {count}')
-        lines.append("# TYPE stepflash_tokens_total counter")
-        for kind in ("prompt", "cached", "generated", "drafted", "accepted"):
-            lines.append(f'stepflash_tokens_total{{kind="{kind}"}} {self._tokens[kind]}')
-        lines += ["# TYPE stepflash_running_answers gauge", f"stepflash_running_answers {self.num_running}"]
-        lines += self.first_token_seconds.lines("stepflash_first_token_seconds")
-        lines += self.answer_seconds.lines("stepflash_answer_seconds")
-        for name, value in sorted(_numbers(engine_stats).items()):
-            lines += [f"# TYPE stepflash_engine_{name} gauge", f"stepflash_engine_{name} {value}"]
-        return "\n".join(lines) + "\n"
-
-
-def _numbers(stats: Any) -> dict[str, float]:
-    """The plain numbers of whatever an engine reports; sequences become one number per index."""
-    if dataclasses.is_dataclass(stats) and not isinstance(stats, type):
-        stats = dataclasses.asdict(stats)
-    if not isinstance(stats, Mapping):
-        return {}
-    numbers: dict[str, float] = {}
-    for name, value in stats.items():
-        if isinstance(value, int | float):
-            numbers[str(name)] = float(value)
-        elif isinstance(value, list | tuple):
-            numbers.update(
-                {f"{name}_{i}": float(v) for i, v in enumerate(value) if isinstance(v, int | float)}
+    def count(self, record: RequestRecord) -> None:
+        """A closed request."""
+        self._requests.labels(record.route, str(record.status)).inc()
+        for answer in record.answers:
+            self._answers.labels(answer.finish_reason).inc()
+            self._answer_seconds.observe(answer.seconds)
+            if answer.queue_seconds is not None:
+                self._queue_seconds.observe(answer.queue_seconds)
+            if answer.first_token_seconds is not None:
+                self._first_token_seconds.observe(answer.first_token_seconds)
+            usage = answer.usage
+            amounts = (
+                usage.prompt_tokens,
+                usage.cached_tokens,
+                usage.completion_tokens,
+                usage.reasoning_tokens,
+                usage.drafted_tokens,
+                usage.accepted_draft_tokens,
             )
-    return numbers
+            for kind, amount in zip(TOKEN_KINDS, amounts, strict=True):
+                self._tokens[kind].inc(amount)
+
+    def render(self) -> str:
+        return generate_latest(self._registry).decode()
+
+
+class _EngineStats(Collector):
+    """The plain numbers of whatever an engine reports; entry i of a tuple is that of draft position i + 1."""
+
+    def __init__(self, stats: Callable[[], Any]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        if dataclasses.is_dataclass(stats) and not isinstance(stats, type):
+            stats = dataclasses.asdict(stats)
+        if not isinstance(stats, Mapping):
+            return
+        for name, value in sorted(stats.items()):
+            text = f"{name} of the engine; totals are since it started"
+            if isinstance(value, int | float):
+                yield GaugeMetricFamily(f"stepflash_engine_{name}", text, value=float(value))
+            elif isinstance(value, list | tuple):
+                family = GaugeMetricFamily(f"stepflash_engine_{name}", text, labels=("position",))
+                for position, number in enumerate(value, 1):
+                    family.add_metric((str(position),), float(number))
+                yield family

@@ -48,7 +48,8 @@ def run_server(app: ASGIApp, listener: socket.socket, settings: ServerSettings, 
     shown_host = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        log_config=None,
+        access_log=False,
         server_header=False,
         timeout_graceful_shutdown=settings.drain_seconds,
     )

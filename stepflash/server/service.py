@@ -7,30 +7,32 @@ each. What it encodes goes out through `event_stream`, or is collected under `un
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import Session
-from stepflash.assistant.stream import Progress, StreamItem, Usage
+from stepflash.assistant.stream import Progress, StreamItem
 from stepflash.chat.canonical import canonical
-from stepflash.chat.messages import Conversation
+from stepflash.chat.messages import Conversation, Finish
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import EngineError, RequestError, StepflashError
+from stepflash.server.health import HealthCheck
+from stepflash.server.limits import OpenAnswers
 from stepflash.server.metrics import Metrics
-from stepflash.server.sse import COMMENTS, EventStream, KeepAlive, unless_disconnected
+from stepflash.server.request_records import CLIENT_GONE, AnswerRecord, current_record, log
+from stepflash.server.sse import COMMENTS, ClientGone, EventStream, KeepAlive, unless_disconnected
 from stepflash.settings import ServerSettings
 
 LARGE_BODY_BYTES = 32_768  # from here on, templates and tokenising leave the event loop
-CLIENT_GONE = 499  # what is counted when the client leaves
 
-log = logging.getLogger("stepflash.server")
 T = TypeVar("T")
 
 
@@ -44,21 +46,31 @@ class Service:
         self.model_name = model_name
         self.settings = settings
         self.defaults = defaults
-        self.metrics = Metrics()
+        self.metrics = Metrics(session.engine.stats)
+        self.health = HealthCheck(session)
+        self.open_answers = OpenAnswers(settings.max_open_answers)
         self.created = int(time.time())
 
     async def read(self, request: Request) -> bytes:
         """The body.
 
         Raises:
-            HTTPException: 413, it is longer than the settings allow.
+            HTTPException: 413, it is longer than the settings allow; 408, it does not come.
+            ClientGone: the client left in the middle of it.
         """
         limit = self.settings.max_body_bytes
         raw = bytearray()
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes")
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                async for piece in request.stream():
+                    raw += piece
+                    if len(raw) > limit:
+                        raise HTTPException(413, f"the body is larger than {limit} bytes")
+        except TimeoutError:
+            seconds = self.settings.body_seconds
+            raise HTTPException(408, f"the body did not come within {seconds:g} seconds") from None
+        except ClientDisconnect:
+            raise ClientGone from None
         return bytes(raw)
 
     def check_model(self, name: str | None) -> None:
@@ -81,39 +93,61 @@ class Service:
         """Submit prompts.
 
         Raises:
+            QueueFull: too many answers are running and waiting.
             RequestError: the engine refuses one.
         """
-        return [self._measured(self.session.answer(prompt)) for prompt in prompts]
+        record = current_record()
+        self.open_answers.take(record, len(prompts))
+        if self.settings.log_prompts:
+            decode = self.session.tokenizer.decode
+            record.prompts += [decode(prompt.request.prompt_token_ids) for prompt in prompts]
+        streams = [self.session.answer(self._limited(prompt)) for prompt in prompts]
+        answers = [AnswerRecord() for _ in streams]
+        record.answers += answers
+        return [self._measured(*pair) for pair in zip(streams, answers, strict=True)]
 
-    async def _measured(self, stream: AsyncGenerator[StreamItem]) -> AsyncGenerator[StreamItem]:
-        """The stream, with its times and tokens counted however it ends."""
-        started = time.monotonic()
-        usage: Usage | None = None
-        self.metrics.num_running += 1
+    def _limited(self, prompt: Prompt) -> Prompt:
+        limit, sampling = self.settings.max_output_tokens, prompt.request.sampling
+        if limit is None or (sampling.max_tokens is not None and sampling.max_tokens <= limit):
+            return prompt
+        return replace(prompt, request=replace(prompt.request, sampling=replace(sampling, max_tokens=limit)))
+
+    async def _measured(
+        self, stream: AsyncGenerator[StreamItem], answer: AnswerRecord
+    ) -> AsyncGenerator[StreamItem]:
+        """The stream, with its times and tokens noted however it ends."""
+        started = last_at = time.monotonic()
+        self.metrics.running_answers.inc()
         try:
             async with aclosing(stream):
                 async for item in stream:
                     if isinstance(item, Progress):
-                        if usage is None:
-                            self.metrics.first_token_seconds.add(time.monotonic() - started)
-                        usage = item.usage
-                        self.metrics.last_token_at = time.monotonic()
+                        now, before = time.monotonic(), answer.usage.completion_tokens
+                        answer.usage = item.usage
+                        num_tokens = item.usage.completion_tokens - before
+                        if answer.first_token_seconds is None:
+                            answer.first_token_seconds = now - started
+                            answer.queue_seconds = item.usage.queue_seconds
+                        elif num_tokens:
+                            self.metrics.token_seconds.observe((now - last_at) / num_tokens)
+                        last_at = self.health.proven_at = now
+                    elif isinstance(item, Finish):
+                        answer.finish_reason = item.reason
                     yield item
+        except StepflashError:
+            answer.finish_reason = "error"
+            raise
         finally:
-            self.metrics.num_running -= 1
-            self.metrics.answer_seconds.add(time.monotonic() - started)
-            if usage is not None:
-                self.metrics.count_usage(usage)
+            self.metrics.running_answers.dec()
+            answer.seconds = time.monotonic() - started
 
     async def unless_gone(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, whose request is then counted as answered.
+        """The result of `work`.
 
         Raises:
             ClientGone: the client went first; the work was cancelled.
         """
-        result = await unless_disconnected(request.receive, work)
-        self.count(request, 200)
-        return result
+        return await unless_disconnected(request.receive, work)
 
     def event_stream(
         self,
@@ -125,31 +159,25 @@ class Service:
         keep_alive: KeepAlive = COMMENTS,
     ) -> EventStream:
         """A streamed reply. The head is sent first, so whatever fails later is told in the stream."""
+        record = current_record()
 
         async def all_frames() -> AsyncGenerator[bytes]:
-            status = CLIENT_GONE
+            record.outcome = CLIENT_GONE
             try:
                 async with aclosing(frames):
                     async for data in frames:
                         yield data
-                status = 200
+                record.outcome = None
             except StepflashError as error:
-                status = 400 if isinstance(error, RequestError) else 500
-                if status == 500:
-                    log.error("%s %s: %s", request.method, request.url.path, error)
+                record.outcome = 400 if isinstance(error, RequestError) else 500
+                if record.outcome == 500:
+                    log.error("%s %s: %s", record.method, record.path, error)
                 yield error_frame(error)
             except Exception:  # a bug of ours, which must not end anything but this stream
-                log.exception("%s %s failed in its stream", request.method, request.url.path)
-                status = 500
+                log.exception("%s %s failed in its stream", record.method, record.path)
+                record.outcome = 500
                 yield error_frame(EngineError("internal error"))
-            finally:
-                self.count(request, status)
             if last_frame:
                 yield last_frame
 
-        return EventStream(all_frames(), keep_alive)
-
-    def count(self, request: Request, status: int) -> None:
-        # By route, not by path: whoever asks for many paths must not create many counters.
-        route = request.scope.get("route")
-        self.metrics.count_request(getattr(route, "path", "other"), status)
+        return EventStream(all_frames(), keep_alive, self.settings.send_seconds)

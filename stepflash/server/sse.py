@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
 
@@ -50,16 +50,30 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes], keep_alive: KeepAlive = COMMENTS) -> None:
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes],
+        keep_alive: KeepAlive = COMMENTS,
+        send_seconds: float | None = None,
+    ) -> None:
+        """`send_seconds`: a client that takes nothing for so long is taken to be gone."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._send_seconds = send_seconds
         del self.headers["content-length"]
         self._frames = frames
         self._keep_alive = keep_alive
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ClientGone from None
+
         try:
-            await unless_disconnected(receive, self._send_all(send))
+            await unless_disconnected(receive, self._send_all(send_in_time))
         except ClientGone:
             return
 
@@ -82,7 +96,12 @@ class EventStream(Response):
             if wait_seconds > 0:
                 await asyncio.sleep(wait_seconds)
                 continue
-            await send({"type": "http.response.body", "body": self._keep_alive.frame(), "more_body": True})
+            try:
+                await send(
+                    {"type": "http.response.body", "body": self._keep_alive.frame(), "more_body": True}
+                )
+            except ClientGone:
+                return  # the next frame will find out, too
             self._sent_at = time.monotonic()
 
 

@@ -113,7 +113,7 @@ def test_metrics_show_the_same_bytes(released: Step3p5ForCausalLM) -> None:
     read_prompt(core)
     stats = core.stats()
     lines = dict(
-        line.rsplit(" ", 1) for line in Metrics().render(stats).splitlines() if not line.startswith("#")
+        line.rsplit(" ", 1) for line in Metrics(core.stats).render().splitlines() if not line.startswith("#")
     )
     shown = {
         field.name: float(lines[f"stepflash_engine_{field.name}"])

@@ -1,0 +1,129 @@
+"""One record per HTTP request: its id, who asked, what it cost, how it ended.
+
+The outermost middleware opens it and, whatever happens below, closes it once. Everything that is told about
+requests (counters, log lines, traces) reads a closed record, so they cannot disagree; everything that a request
+took (its place in the queue) is given back then. Handlers find the record of their request with
+`current_record`. It never holds a key, and prompts only if the settings ask for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepflash.assistant.stream import Usage, total_usage
+from stepflash.server.errors_by_path import message_response
+
+CLIENT_GONE = 499  # what is counted when the client leaves
+# An id of the client's is kept if it can stand in a header and in a log line.
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+log = logging.getLogger("stepflash.server")
+
+
+@dataclass(slots=True, kw_only=True)
+class AnswerRecord:
+    """One answer of a request. Times in seconds; `finish_reason` as it was streamed, or "error" or "disconnect"."""
+
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    finish_reason: str = "disconnect"
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """`client` is the name of the key, or the address where there are no keys. `started_at` is on the monotonic
+    clock, `started_ns` in nanoseconds since the epoch. `outcome` replaces the status that the client saw, for
+    what happened after the head was sent."""
+
+    request_id: str
+    method: str
+    path: str
+    headers: Headers
+    client: str
+    started_at: float
+    started_ns: int
+    route: str = "other"
+    status: int = 0
+    outcome: int | None = None
+    seconds: float = 0.0
+    num_open_answers: int = 0
+    answers: list[AnswerRecord] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+
+    @property
+    def usage(self) -> Usage:
+        return total_usage([answer.usage for answer in self.answers])
+
+
+_current: ContextVar[RequestRecord] = ContextVar("stepflash_request_record")
+
+
+def current_record() -> RequestRecord:
+    """The record of the request that is being handled."""
+    return _current.get()
+
+
+class RequestRecords:
+    """ASGI middleware; every answer carries the id as `request-id` (Anthropic) and `x-request-id` (OpenAI)."""
+
+    def __init__(self, app: ASGIApp, closed: Sequence[Callable[[RequestRecord], None]]) -> None:
+        self.app = app
+        self._closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = _open(scope)
+        _current.set(record)
+        is_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["request-id"] = headers["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:  # a bug of ours: the request fails alone, the process goes on
+            log.exception("%s %s failed", record.method, record.path)
+            record.outcome = 500
+            if not is_started:
+                await message_response(record.path, 500, "internal error")(scope, receive, send_with_id)
+        finally:
+            record.status = record.outcome or record.status or CLIENT_GONE
+            record.seconds = time.monotonic() - record.started_at
+            # By route, not by path: whoever asks for many paths must not create many counters.
+            record.route = getattr(scope.get("route"), "path", "other")
+            for told in self._closed:
+                told(record)
+
+
+def _open(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    given = headers.get("x-request-id", "")
+    address = scope.get("client")
+    return RequestRecord(
+        request_id=given if _CLIENT_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}",
+        method=scope["method"],
+        path=scope["path"],
+        headers=headers,
+        client=address[0] if address else "local",
+        started_at=time.monotonic(),
+        started_ns=time.time_ns(),
+    )
