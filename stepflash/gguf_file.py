@@ -25,6 +25,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_HEADER_BYTES = 256 << 20  # the real model's header, tokenizer included, has about 6 MB
 MAX_DIMS = 4
+MAX_ARRAY = 1 << 22  # elements of a metadata array; the largest vocabularies have 2^18 tokens
 
 
 class GGMLType(NamedTuple):
@@ -213,6 +214,8 @@ class _Cursor:
         count = self.unpack("Q", f"length of array {key!r}")
         if value_type == _ARRAY:
             raise self.fail(f"metadata key {key!r} is an array of arrays, which is not supported")
+        if count > MAX_ARRAY:
+            raise self.fail(f"array {key!r} claims {count} elements, more than {MAX_ARRAY}")
         if value_type == _STRING:
             if count * 8 > self.end - self.position:
                 raise self.fail(f"array {key!r} claims {count} strings, more than the file can hold")

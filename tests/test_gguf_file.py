@@ -105,6 +105,10 @@ def test_reads_what_the_gguf_package_wrote() -> None:
         (hand_made_file(offset=7), "not a multiple of the alignment"),
         (hand_made_file()[:-1], "truncated: tensor 'blk.0.weight' ends at byte"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0), "claims"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pack_string("k") + struct.pack("<IIQ", 9, 0, 1 << 23),
+            "claims 8388608",
+        ),
         (hand_made_file().replace(b"step35", b"\xff" * 6), None),
         (hand_made_file().replace(b"blk", b"\xff\xff\xff"), "tensor name is not UTF-8"),
     ],

@@ -9,6 +9,7 @@ exactly is refused with the key and the reason.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ class ModelConfig:
             raise ConfigError(f"{file}: no such file; a checkpoint folder needs its config.json")
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of 5,000 digits
             raise ConfigError(f"{file}: not valid JSON ({error})") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(raw).__name__}")
@@ -198,7 +199,7 @@ class _Reader:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             _refuse(self.prefix + key, value, "must be a number")
-        if not 0 < value < float("inf"):
+        if not 0 < value <= sys.float_info.max:
             _refuse(self.prefix + key, value, "must be positive and finite")
         return float(value)
 
@@ -242,10 +243,9 @@ def _from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     read.require("norm_expert_weight", True, True, "expert weights are always renormalised")
     if raw.get("tie_word_embeddings"):
         _refuse("tie_word_embeddings", True, "the LM head is a matrix of its own")
-    if not all(raw.get("use_rope_layers") or ()):
-        _refuse(
-            "use_rope_layers", raw["use_rope_layers"], "layers without rotary embedding are not supported"
-        )
+    rotated = raw.get("use_rope_layers") or ()
+    if not isinstance(rotated, Sequence) or not all(rotated):
+        _refuse("use_rope_layers", rotated, "layers without rotary embedding are not supported")
 
     num_layers = read.integer("num_hidden_layers")
     layer_types = raw.get("layer_types")
@@ -311,9 +311,21 @@ def _from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         router_scaling_factor=read.number("moe_router_scaling_factor", 1.0),
         rms_norm_eps=read.number("rms_norm_eps", DEFAULT_EPS),
         max_position_embeddings=read.integer("max_position_embeddings", "max_seq_len"),
-        bos_token_id=raw.get("bos_token_id", outer.get("bos_token_id")),
-        eos_token_ids=tuple(eos) if isinstance(eos, Sequence) else () if eos is None else (int(eos),),
+        bos_token_id=_bos_token_id(raw.get("bos_token_id", outer.get("bos_token_id"))),
+        eos_token_ids=_token_ids("eos_token_id", [] if eos is None else eos),
     )
+
+
+def _token_ids(key: str, value: object) -> tuple[int, ...]:
+    """One id or a list of them."""
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    if not all(_is_whole(token_id) and token_id >= 0 for token_id in ids):
+        _refuse(key, value, "must be a token id or a list of them")
+    return tuple(int(token_id) for token_id in ids)
+
+
+def _bos_token_id(value: object) -> int | None:
+    return None if value is None else _token_ids("bos_token_id", [value])[0]
 
 
 def _heads(read: _Reader, other: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -329,7 +341,7 @@ def _heads(read: _Reader, other: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _rotary_dim(head_dim: int, factor: float) -> int:
-    rotary_dim = int(head_dim * factor)
+    rotary_dim = int(head_dim * factor) if factor <= 1 else 0
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         _refuse("partial_rotary_factors", factor, f"gives {rotary_dim} rotary dimensions of {head_dim}")
     return rotary_dim
@@ -357,7 +369,7 @@ def _limits(read: _Reader, key: str, num_layers: int, num_mtp_layers: int) -> li
     if values is None:
         return [None] * (num_layers + num_mtp_layers)
     for value in values:
-        if value is not None and (not isinstance(value, int | float) or not 0 <= value < float("inf")):
+        if value is not None and (not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max):
             _refuse(key, value, "a clamp must be a number of 0 (off) or more, or null (off)")
     return [float(value) if value else None for value in values]
 
@@ -396,7 +408,10 @@ def _rope_per_layer(
     if read.get("rope_theta") is None and isinstance(by_type, Mapping):
         result = []
         for kind in types:
-            part = _Reader(by_type.get(kind, by_type))
+            of_kind = by_type.get(kind, by_type)
+            if not isinstance(of_kind, Mapping):
+                _refuse(f"rope_parameters.{kind}", of_kind, "must be an object")
+            part = _Reader(of_kind)
             share = part.number("partial_rotary_factor", 1.0)
             result.append((part.number("rope_theta"), share, _scaling(part.raw)))
         return result
@@ -408,6 +423,8 @@ def _rope_per_layer(
         shares = [1.0] * len(types)
     scaling = _scaling(read.get("rope_scaling"))
     scaled_types = read.get("yarn_only_types") or (FULL, SLIDING)
+    if not isinstance(scaled_types, Sequence):
+        _refuse("yarn_only_types", scaled_types, "must be a list of layer types")
     result = []
     for i, kind in enumerate(types):
         # An MTP entry that the file leaves out takes the value of the trunk's layers of its type.
@@ -495,9 +512,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     eos = metadata.get("tokenizer.ggml.eos_token_id")
-    eos_ids = metadata.get("stepflash.eos_token_ids", [] if eos is None else [eos])  # ours keep all of them
-    if not isinstance(eos_ids, list) or not all(map(_is_whole, eos_ids)):
-        _refuse("tokenizer.ggml.eos_token_id", eos_ids, "must be token ids")
+    eos_ids = metadata.get("stepflash.eos_token_ids", [] if eos is None else eos)  # ours keep all of them
     return ModelConfig(
         vocab_size=read.integer("vocab_size", default=len(tokens) if isinstance(tokens, list) else None),
         hidden_size=read.integer("embedding_length"),
@@ -514,8 +529,8 @@ def _from_gguf(metadata: Mapping[str, Any]) -> ModelConfig:
         router_scaling_factor=_as_written(read.number("expert_weights_scale", 1.0)),
         rms_norm_eps=_as_written(read.number("attention.layer_norm_rms_epsilon", DEFAULT_EPS)),
         max_position_embeddings=read.integer("context_length"),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(int(token_id) for token_id in eos_ids),
+        bos_token_id=_bos_token_id(metadata.get("tokenizer.ggml.bos_token_id")),
+        eos_token_ids=_token_ids("tokenizer.ggml.eos_token_id", eos_ids),
     )
 
 

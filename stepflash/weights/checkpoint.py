@@ -97,7 +97,7 @@ def _open_folder(path: Path) -> Checkpoint:
     config = ModelConfig.from_pretrained(path)
     try:
         raw_config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path / 'config.json'}: cannot read: {error}") from error
     found = safetensors_format.read_folder(path, raw_config)
     known = expected_tensors(config)

@@ -41,12 +41,14 @@ def test_micro_has_the_same_greedy_tokens(llama: Llama, tmp_path: Path) -> None:
     assert difference.max() < 0.02  # its keys and values are float16
 
 
-@pytest.mark.parametrize(("type_name", "wanted"), [("f32", 1.0), ("bf16", 0.95), ("q8_0", 0.95), ("q4_k_s", 0.95)])
+@pytest.mark.parametrize(
+    ("type_name", "wanted"), [("f32", 1.0), ("bf16", 0.95), ("q8_0", 0.95), ("q4_k_s", 0.95)]
+)
 @pytest.mark.parametrize("keep_mtp", [True, False])
 def test_nano_says_the_same(
     llama: Llama, tmp_path: Path, type_name: str, wanted: float, keep_mtp: bool
 ) -> None:
-    """Our greedy answers, from the same file, are llama.cpp's; below float32 it rounds activations, and near ties turn."""
+    """Our greedy answers from the same file. Below float32 it rounds activations, which turns near ties."""
     file = tmp_path / "nano.gguf"
     convert("nano", file, "gguf", type_name, keep_mtp=keep_mtp)
     tokenizer = Tokenizer.from_pretrained(NANO_FOLDER)
@@ -54,9 +56,7 @@ def test_nano_says_the_same(
     sampling = SamplingParams(max_tokens=80, temperature=0.0, ignore_eos=True)
     same = total = 0
     for question in ("What is 17 + 25?", "Sort 9, 2, 5, 1, 7"):
-        prompt = tokenizer.encode(
-            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-        )
+        prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n")
         answer = list(llm.generate([prompt], sampling, progress=False)[0].token_ids)
         theirs = llama.logits(file, prompt + answer).argmax(-1)[len(prompt) - 1 : -1]
         same += int((theirs == answer).sum())
