@@ -128,12 +128,12 @@ def main() -> None:
             try:
                 attempt(opened, whole=index % 20 == 0)
             except StepflashError as error:
-                assert "\n" not in str(error), error
                 refused.append(str(error))
             except BaseException:
                 print(f"{kind}: damage {index} of seed {seed}", file=sys.stderr)
                 raise
             slowest = max(slowest, time.process_time() - started)
+    assert not any("\n" in message for message in refused)
     print(
         json.dumps({"refused": len(refused), "different": len(set(refused)), "slowest_cpu_seconds": slowest})
     )
