@@ -7,13 +7,16 @@ here, the core sees token ids.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -126,6 +129,7 @@ class LLM:
             progress: show a progress bar if stderr is a terminal.
         Raises:
             RequestError: a prompt can never run; raised before anything does.
+            KeyboardInterrupt: after Ctrl-C; what ran is aborted and the LLM can be used again.
         """
         token_lists = [self._encode(prompt) for prompt in _as_list(prompts)]
         return self._run([(ids, ()) for ids in token_lists], sampling_params, progress)
@@ -196,19 +200,29 @@ class LLM:
         for request in requests:
             self.core.check(request)
         answers = {request.request_id: _Answer(request, self.tokenizer) for request in requests}
-        with self._lock, _progress_bar(progress) as bar:
+        with self._lock, _interrupts_noted() as was_interrupted, _progress_bar(progress) as bar:
             task = bar.add_task("generating", total=len(requests), rate="")
-            self._drive(requests, answers, lambda done, rate: bar.update(task, completed=done, rate=rate))
+
+            def show(done: int, rate: str) -> None:
+                bar.update(task, completed=done, rate=rate)
+
+            self._drive(requests, answers, show, was_interrupted)
         return [answers[request.request_id].output for request in requests]
 
     def _drive(
-        self, requests: Sequence[Request], answers: Mapping[str, _Answer], show: Callable[[int, str], None]
+        self,
+        requests: Sequence[Request],
+        answers: Mapping[str, _Answer],
+        show: Callable[[int, str], None],
+        was_interrupted: Callable[[], bool],
     ) -> None:
         waiting = list(reversed(requests))
         num_done = num_tokens = 0
         start = time.perf_counter()
         try:
             while num_done < len(requests):
+                if was_interrupted():
+                    raise KeyboardInterrupt
                 while waiting and len(self.core.scheduler.waiting) < FEED_AHEAD:
                     self.core.add(waiting.pop())
                 for output in self.core.step():
@@ -328,6 +342,30 @@ def _as_list(prompts: str | Sequence[Any]) -> list[Any]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)
+
+
+@contextlib.contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is only noted, and acted upon between two steps, where every block is accounted for; a second one
+    acts at once. Where Python's own handler is not in charge nothing changes."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _progress_bar(wanted: bool) -> Progress:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +94,59 @@ def test_stop_strings_do_not_depend_on_how_tokens_arrive(llm: LLM, data: st.Data
 def test_a_stop_token_is_not_part_of_the_text(llm: LLM) -> None:
     (output,) = llm.generate("x", SamplingParams(temperature=0.0, logit_bias={2: 1e4}))
     assert (output.text, output.token_ids, output.finish_reason) == ("", [2], "stop")
+
+
+def test_ctrl_c_ends_a_batch_between_two_steps_and_the_llm_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps, during = llm.core.step, [0], []
+
+    def interrupted() -> list[Output]:
+        steps[0] += 1
+        if steps[0] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            during.append("alive")  # the signal came in the middle of a step and did not break it
+        return step()
+
+    monkeypatch.setattr(llm.core, "step", interrupted)
+    sampling = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7]] * 9, sampling)
+    assert during == ["alive"]
+    assert steps == [5]
+    assert not llm.core.has_work
+    llm.core.check_integrity()
+    assert llm.stats().kv_used_bytes == llm.stats().kv_cached_bytes
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+    def stuck() -> list[Output]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second Ctrl-C acts at once")
+
+    monkeypatch.setattr(llm.core, "step", stuck)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7]], sampling)
+    assert not llm.core.has_work
+
+
+def test_a_batch_shows_its_progress_on_a_terminal(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    llm.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert "generating" in shown.getvalue()
+    assert "3/3" in shown.getvalue()
+    assert "tok/s" in shown.getvalue()
+    quiet = Terminal()
+    monkeypatch.setattr(sys, "stderr", quiet)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
+    assert quiet.getvalue() == ""
 
 
 def test_chat_renders_answers_and_parses(llm: LLM) -> None:
