@@ -13,6 +13,9 @@ The number of dimensions tells which one a tensor has. Scales are those of int8 
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -48,12 +51,20 @@ def new_kv_cache(
     else:
         key_shape = value_shape = (num_blocks, block_size, num_kv_heads, head_dim)  # type: ignore[assignment]
         scale_shape = (num_blocks, block_size, num_kv_heads)
-    keys = torch.zeros(key_shape, dtype=dtype, device=device)
-    values = torch.zeros(value_shape, dtype=dtype, device=device)
+    keys = _zeros(key_shape, dtype, device)
+    values = _zeros(value_shape, dtype, device)
     if dtype != torch.int8:
         return keys, values, None, None
-    scales = [torch.zeros(scale_shape, dtype=torch.float32, device=device) for _ in range(2)]
+    scales = [_zeros(scale_shape, torch.float32, device) for _ in range(2)]
     return keys, values, scales[0], scales[1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # `torch.zeros` writes every page; those that come from the system are zero as they are.
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
 
 
 def block_size_of(k_cache: Tensor) -> int:

@@ -111,6 +111,25 @@ def test_262144_tokens_take_the_memory_of_the_formula() -> None:
     assert cache.capacity_tokens == 262144
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident pages")
+def test_a_cache_takes_memory_when_it_is_written_and_not_before() -> None:
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    config = replace(ModelConfig.from_pretrained(MICRO), max_position_embeddings=262144)
+    before = resident()
+    cache = KVCache(config, limits(max_num_seqs=8), kv_cache_bytes=2 << 30)
+    assert cache.total_bytes > 1 << 30
+    assert resident() - before < 32 << 20
+    for layer in cache.layers.values():
+        assert layer.keys.data_ptr() % 64 == layer.values.data_ptr() % 64 == 0
+        assert layer.keys.is_contiguous()
+        assert not layer.keys[-1].any()
+    cache.layers[0].keys[:1000] = 1
+    assert resident() - before >= cache.layers[0].keys[:1000].nbytes
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=3),
