@@ -29,7 +29,7 @@ class PagedAttention:
             v,
             layer.keys,
             layer.values,
-            batch.slot_mapping[layer.group],
+            batch.slot_mapping(layer.group),
             batch.block_tables[layer.group],
             batch.context_lens,
             batch.cu_seqlens,

@@ -34,18 +34,39 @@ class Span:
 class TokenBatch:
     """Flat tensors over num_tokens tokens, and the tables of their sequences.
 
-    input_ids, positions: [num_tokens] int64. slot_mapping[group]: [num_tokens] int64, flat cache slots.
-    block_tables[group]: [num_seqs, max_blocks] int32. cu_seqlens: [num_seqs + 1] int32 token boundaries, which
-    `bounds` has as a list; context_lens: [num_seqs] int32, slots per sequence that exist after this run.
+    per_token: [4, num_tokens] int64: ids, positions, and flat cache slots of the full and of the sliding group.
+    per_sequence: [2 * num_seqs + 1] int32: token boundaries, which `bounds` has as a list, then slots per sequence
+    that exist after this run. block_tables[group]: [num_seqs, max_blocks] int32.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    slot_mapping: tuple[Tensor, Tensor]
+    per_token: Tensor
+    per_sequence: Tensor
     block_tables: tuple[Tensor, Tensor]
-    cu_seqlens: Tensor
-    context_lens: Tensor
     bounds: list[int]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[num_tokens] int64"""
+        return self.per_token[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """[num_tokens] int64"""
+        return self.per_token[1]
+
+    def slot_mapping(self, group: int) -> Tensor:
+        """Flat cache slots [num_tokens] int64 in the full or the sliding group."""
+        return self.per_token[2 + group]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[num_seqs + 1] int32 token boundaries"""
+        return self.per_sequence[: len(self.bounds)]
+
+    @property
+    def context_lens(self) -> Tensor:
+        """[num_seqs] int32"""
+        return self.per_sequence[len(self.bounds) :]
 
     @property
     def num_tokens(self) -> int:
@@ -73,16 +94,7 @@ def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenB
     if cache.device.type != "cpu":
         per_token, per_sequence = per_token.to(cache.device), per_sequence.to(cache.device)
         block_tables = [table.to(cache.device) for table in block_tables]
-    input_ids, positions, full_slots, sliding_slots = per_token.unbind(0)
-    return TokenBatch(
-        input_ids=input_ids,
-        positions=positions,
-        slot_mapping=(full_slots, sliding_slots),
-        block_tables=(block_tables[0], block_tables[1]),
-        cu_seqlens=per_sequence[: len(bounds)],
-        context_lens=per_sequence[len(bounds) :],
-        bounds=bounds,
-    )
+    return TokenBatch(per_token, per_sequence, (block_tables[0], block_tables[1]), bounds)
 
 
 def _per_token(block_size: int, spans: Sequence[Span], shift: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepflash.engine.blocks import BlockPool, OutOfBlocks
 from stepflash.errors import ConfigError
-from stepflash.kernels.kv_layout import new_kv_cache
+from stepflash.kernels.kv_layout import is_interleaved, new_kv_cache
 from stepflash.model.config import LayerConfig, ModelConfig
 from stepflash.model.cost import kv_bytes_per_position
 
@@ -77,6 +77,11 @@ class LayerCache:
     values: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels can use it."""
+        return is_interleaved(self.keys)
 
 
 class KVCache:

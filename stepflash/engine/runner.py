@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, build_batch
 from stepflash.engine.kv_cache import KVCache
+from stepflash.engine.network import make_network
 from stepflash.engine.request import TokenLogprob
 from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.scheduler import Scheduled
@@ -49,6 +49,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.sampler = sampler
+        self.network = make_network(model, cache, sampler.vocab_limit)
         self._max_deferred = max_deferred
 
     @torch.inference_mode()
@@ -67,7 +68,6 @@ class Runner:
             for item in plan
         ]
         batch = build_batch(self.cache, spans)
-        hidden_states = self.model(batch.input_ids, batch.positions, PagedAttention(self.cache, batch))
         rows: list[Row] = []
         row_indices: list[int] = []
         for i, item in enumerate(plan):
@@ -75,13 +75,12 @@ class Runner:
                 rows += rows_to_verify(item.seq, item.drafts, self.sampler)
                 end = batch.bounds[i + 1]
                 row_indices += range(end - len(item.drafts) - 1, end)
+        done = self.network.trunk(batch, row_indices)
+        hidden_states = done.hidden_states
         chosen: list[int] = []
         logprobs: list[TokenLogprob | None] = []
         if rows:
-            chosen_states = hidden_states
-            if len(rows) < batch.num_tokens:
-                chosen_states = hidden_states[torch.tensor(row_indices, device=hidden_states.device)]
-            choice = self.sampler.choose(self.model.compute_logits(chosen_states), rows)
+            choice = self.sampler.choose(done.logits, rows, done.greedy)
             if not all(choice.is_finite):
                 raise EngineError("the model produced logits that are not finite numbers")
             chosen, logprobs = choice.token_ids, choice.logprobs
@@ -110,4 +109,4 @@ class Runner:
     @torch.inference_mode()
     def run_modules(self, jobs: Seq[DraftJob]) -> None:
         """Advance the MTP modules of these jobs and fill in their drafts, states and carries."""
-        advance(self.model, self.cache, self.sampler, jobs, self._max_deferred)
+        advance(self.network, self.cache, self.sampler, jobs, self._max_deferred)

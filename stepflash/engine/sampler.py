@@ -99,12 +99,15 @@ class Sampler:
             state.bias = ids, torch.tensor(list(bias.values()), device=self.device)
         return state
 
-    def choose(self, logits: Tensor, rows: Sequence[Row]) -> Choice:
+    def choose(
+        self, logits: Tensor, rows: Sequence[Row], greedy: tuple[Tensor, Tensor] | None = None
+    ) -> Choice:
         """Choose one token per row.
 
         Args:
             logits: [num_rows, vocab_size] float32, unprocessed; not changed.
             rows: what applies to each row.
+            greedy: the best token of each row below the limit and its logit, if known already.
         """
         raw = logits
         logits = logits[:, : self.vocab_limit]
@@ -114,7 +117,9 @@ class Sampler:
             for i in changed:
                 _apply(logits[i], rows[i])
         sampled = [i for i, row in enumerate(rows) if row.state.params.temperature >= GREEDY_BELOW]
-        if not sampled:
+        if not sampled and not changed and greedy is not None:
+            chosen, best = greedy
+        elif not sampled:
             best, chosen = logits.max(dim=-1)
         else:
             # The largest logit of a row tells whether the row is usable; noise must not hide that.

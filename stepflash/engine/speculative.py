@@ -21,14 +21,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, build_batch
 from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
+from stepflash.engine.network import Network, Pass
 from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.errors import RequestError
-from stepflash.model.transformer import Step3p5ForCausalLM
 
 # Of so few rows a view is kept rather than a copy.
 MAX_VIEWED_ROWS = 8
@@ -146,7 +145,7 @@ class _Work:
 
 
 def advance(
-    model: Step3p5ForCausalLM, cache: KVCache, sampler: Sampler, jobs: Seq[DraftJob], max_deferred: int
+    network: Network, cache: KVCache, sampler: Sampler, jobs: Seq[DraftJob], max_deferred: int
 ) -> None:
     """Bring the modules of each job up to date and propose drafts, one run per module for all jobs together.
 
@@ -162,13 +161,13 @@ def advance(
             rows = _join(seq.mtp.pending[0], job.hidden_states) if seq.num_modules else None
             works.append(_Work(job, walk, rows, seq.num_computed, job.depth, 0))
         for module in range(1, max((job.seq.num_modules for job in jobs), default=0) + 1):
-            _run_module(model, cache, sampler, works, module, max_deferred)
+            _run_module(network, cache, sampler, works, module, max_deferred)
     for work in works:
         _keep_carries(work, cache.block_size)
 
 
 def _run_module(
-    model: Step3p5ForCausalLM,
+    network: Network,
     cache: KVCache,
     sampler: Sampler,
     works: Seq[_Work],
@@ -203,16 +202,13 @@ def _run_module(
     outputs: list[Tensor] = []
     if active:
         batch = build_batch(cache, spans, shift=module)
-        hidden_states = model.mtp_forward(
-            module,
-            batch.input_ids,
-            inputs[0] if len(inputs) == 1 else torch.cat(inputs),
-            batch.positions,
-            PagedAttention(cache, batch),
-        )
+        drafting = [i for i, work in enumerate(active) if work.depth >= module]
+        previous = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        done = network.module(module, batch, previous, [batch.bounds[i + 1] - 1 for i in drafting])
         counts = [work.num_tokens for work in active]
-        outputs = [hidden_states] if len(counts) == 1 else list(torch.split(hidden_states, counts))
-        _draft(model, sampler, active, outputs, module)
+        outputs = [done.hidden_states] if len(counts) == 1 else list(torch.split(done.hidden_states, counts))
+        if drafting:
+            _draft(sampler, [active[i] for i in drafting], done, module)
     after = dict(zip(map(id, active), outputs, strict=True))
     for work in works:
         mtp = work.job.mtp
@@ -221,15 +217,8 @@ def _run_module(
             work.available = mtp.num_computed[module - 1]
 
 
-def _draft(
-    model: Step3p5ForCausalLM, sampler: Sampler, active: Seq[_Work], outputs: Seq[Tensor], module: int
-) -> None:
-    """Propose draft `module` for every job that wants it."""
-    drafting = [(work, out) for work, out in zip(active, outputs, strict=True) if work.depth >= module]
-    if not drafting:
-        return
-    last = [out[-1:] for _, out in drafting]
-    logits = model.mtp_compute_logits(module, last[0] if len(last) == 1 else torch.cat(last))
+def _draft(sampler: Sampler, drafting: Seq[_Work], done: Pass, module: int) -> None:
+    """Propose draft `module` for every job that wants it; `done` has a row of logits for each."""
     rows = [
         Row(
             work.job.seq.sampler,
@@ -237,10 +226,10 @@ def _draft(
             tuple(work.job.drafts),
             work.walk.allowed(),
         )
-        for work, _ in drafting
+        for work in drafting
     ]
-    choice = sampler.choose(logits, rows)
-    for (work, _), draft, is_finite in zip(drafting, choice.token_ids, choice.is_finite, strict=True):
+    choice = sampler.choose(done.logits, rows, done.greedy)
+    for work, draft, is_finite in zip(drafting, choice.token_ids, choice.is_finite, strict=True):
         if not is_finite:
             work.depth = module - 1
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,31 +193,39 @@ class QuantExperts(nn.Module):
             self.experts = packer.swiglu(
                 f"{prefix}.moe", moe.gate_proj.weight, moe.up_proj.weight, moe.down_proj.weight
             )
+        # Gathered once, as in QuantAttention.
+        self._weights = self._gather(moe.gate.weight.shape[0] if moe is not None else 0)
+        self._run: Any = partial(ops.moe, norm_weight=self.norm_weight, eps=self.eps, **self._weights)
+
+    def _gather(self, num_experts: int) -> dict[str, Any]:
+        """The weights as arguments of `ops.moe`, in its order."""
         shared, shared_formats, shared_sizes = _packed(self.shared)
         experts, expert_formats, expert_sizes = _packed(self.experts)
-        self._run = partial(
-            ops.moe,
-            norm_weight=self.norm_weight,
-            eps=self.eps,
-            router_weight=self.router_weight,
-            router_bias=self.router_bias,
-            top_k=self.top_k,
-            scaling_factor=self.scaling_factor,
-            experts=experts,
-            expert_formats=expert_formats,
-            num_experts=moe.gate.weight.shape[0] if moe is not None else 0,
-            expert_size=expert_sizes[0] if expert_sizes else 0,
-            limit=self.limit,
-            shared=shared,
-            shared_formats=shared_formats,
-            shared_size=shared_sizes[0],
-            shared_limit=self.shared_limit,
-        )
+        return {
+            "router_weight": self.router_weight,
+            "router_bias": self.router_bias,
+            "top_k": self.top_k,
+            "scaling_factor": self.scaling_factor,
+            "experts": experts,
+            "expert_formats": expert_formats,
+            "num_experts": num_experts,
+            "expert_size": expert_sizes[0] if expert_sizes else 0,
+            "limit": self.limit,
+            "shared": shared,
+            "shared_formats": shared_formats,
+            "shared_size": shared_sizes[0],
+            "shared_limit": self.shared_limit,
+        }
+
+    def native_arguments(self) -> tuple[Any, ...]:
+        """The weights as `set_feed_forward` of the native network takes them."""
+        return tuple(self._weights.values())
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """x [num_tokens, hidden_size] -> x + feed_forward(norm(x))."""
         topk_ids, topk_weights = self._replayed(x, route) if route is not None else (None, None)
-        return self._run(x, topk_ids=topk_ids, topk_weights=topk_weights, residual=x)
+        out: Tensor = self._run(x, topk_ids=topk_ids, topk_weights=topk_weights, residual=x)
+        return out
 
     def _replayed(self, x: Tensor, route: Route) -> tuple[Tensor | None, Tensor | None]:
         """The routing that `route` wants, as in `stepflash.model.moe`."""

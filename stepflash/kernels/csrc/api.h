@@ -2,6 +2,9 @@
 //
 // Plain structs of pointers and sizes: bindings.cpp fills them from tensors, nothing below knows torch.
 #pragma once
+#include <memory>
+#include <vector>
+
 #include "formats.h"
 
 namespace stepflash {
@@ -99,6 +102,52 @@ struct AttentionArgs {
   float scale;
 };
 
+// One decoder layer over packed weights and a paged cache.
+struct LayerArgs {
+  View input_norm, q_norm, k_norm;
+  Packed q, k, v, gate, o;
+  int64_t num_heads, num_kv_heads, head_dim;
+  int rope;    // which of NetworkArgs::ropes
+  int group;   // which slots and block table: 0 full, 1 sliding
+  int64_t window, first_key;
+  float scale;
+  Cache cache;
+  MoeArgs feed_forward;  // all but threads, tokens, x, residual and out
+};
+
+struct RopeTable {
+  const float* inverse_frequencies;  // [half], radians per position
+  int64_t half;
+};
+
+// A whole pass: embedding, layers, and the logits of some tokens.
+struct NetworkArgs {
+  int num_threads;
+  int64_t num_tokens, hidden_size;
+  float eps;
+  const int64_t *input_ids, *positions;
+  View embedding;
+  // A prediction module starts from eh_proj([enorm(embedding), hnorm(previous)]); previous absent: the trunk.
+  View previous, enorm, hnorm;
+  Packed eh_proj;
+  std::shared_ptr<const std::vector<LayerArgs>> layers;
+  RopeTable ropes[4];
+  int num_ropes;
+  int64_t num_seqs;
+  const int64_t* slots[2];         // by group: [num_tokens]
+  const int32_t* block_tables[2];  // [num_seqs, max_blocks]
+  int64_t max_blocks[2];
+  const int32_t *seq_lens, *cu_seqlens;
+  View hidden;  // the result of the last layer, [num_tokens, hidden_size]
+  View final_norm;
+  Packed head;
+  const int64_t* logit_rows;       // tokens whose logits are wanted
+  int64_t num_logit_rows, vocab_limit;
+  View logits;                     // float32 [num_logit_rows, vocab_size]
+  int64_t* best;                   // the first largest of the first vocab_limit logits, and its value:
+  float* best_logit;               // NaN if any of them is
+};
+
 struct Kernels {
   const char* isa;
   void (*linear)(const LinearArgs&);
@@ -108,6 +157,7 @@ struct Kernels {
   void (*qk_norm_rope)(const RopeArgs&);
   void (*cache_write)(const CacheWriteArgs&);
   void (*attention)(const AttentionArgs&);
+  void (*network)(const NetworkArgs&);
   int64_t (*stream_read)(const uint8_t* data, int64_t num_bytes, int num_threads);
 };
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <sys/mman.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -101,23 +102,46 @@ Tensor linear(const Tensor& x, at::TensorList weights, at::IntArrayRef formats, 
   return out;
 }
 
-void set_routing(MoeArgs& a, const OptTensor& router_weight, const OptTensor& router_bias, int64_t top_k, double scaling,
-                 const OptTensor& topk_ids, const OptTensor& topk_weights) {
-  a.top_k = top_k, a.scaling_factor = (float)scaling;
-  a.router_weight = pointer<float>(router_weight, at::kFloat, "router_weight");
-  a.router_bias = pointer<float>(router_bias, at::kFloat, "router_bias");
+// The weights of a MoE block or a dense MLP; the caller sets tokens, input, norm and output.
+MoeArgs moe_weights(int64_t hidden_size, const OptTensor& router_weight, const OptTensor& router_bias, int64_t top_k, double scaling, at::TensorList experts,
+                    at::IntArrayRef expert_formats, int64_t num_experts, int64_t expert_size, std::optional<double> limit, at::TensorList shared,
+                    at::IntArrayRef shared_formats, int64_t shared_size, std::optional<double> shared_limit) {
+  TORCH_CHECK((experts.size() == 0 || experts.size() == 3) && (shared.size() == 0 || shared.size() == 3) && experts.size() + shared.size() > 0,
+              "moe: experts and shared are each empty or (gate, up, down)");
+  MoeArgs a;
+  a.num_tokens = 0, a.hidden_size = hidden_size;
+  a.num_experts = 0, a.top_k = top_k, a.scaling_factor = (float)scaling, a.topk_ids = nullptr, a.topk_weights = nullptr;
+  a.router_weight = pointer<float>(router_weight, at::kFloat, "router_weight"), a.router_bias = pointer<float>(router_bias, at::kFloat, "router_bias");
+  a.limit = limit_or_infinity(limit), a.shared_limit = limit_or_infinity(shared_limit);
+  if (experts.size() == 3) {
+    TORCH_CHECK(num_experts >= 1 && num_experts <= 1024 && top_k >= 1 && top_k <= num_experts, "moe: 1 <= top_k <= num_experts <= 1024");
+    TORCH_CHECK(expert_formats.size() == 3 && expert_formats[0] == expert_formats[1], "moe: gate and up share a format");
+    TORCH_CHECK(!router_weight || (router_weight->size(0) == num_experts && router_weight->size(1) == hidden_size), "moe: router_weight must be [num_experts, hidden_size]");
+    TORCH_CHECK(!router_bias || router_bias->numel() == num_experts, "moe: router_bias must be [num_experts]");
+    a.num_experts = num_experts;
+    a.gate = packed(experts[0], expert_formats[0], expert_size, hidden_size, num_experts);
+    a.up = packed(experts[1], expert_formats[1], expert_size, hidden_size, num_experts);
+    a.down = packed(experts[2], expert_formats[2], hidden_size, expert_size, num_experts);
+  }
+  if (shared.size() == 3) {
+    TORCH_CHECK(shared_formats.size() == 3 && shared_formats[0] == shared_formats[1], "moe: gate and up share a format");
+    a.shared_gate = packed(shared[0], shared_formats[0], shared_size, hidden_size);
+    a.shared_up = packed(shared[1], shared_formats[1], shared_size, hidden_size);
+    a.shared_down = packed(shared[2], shared_formats[2], hidden_size, shared_size);
+  }
+  return a;
+}
+
+// Routing that was recorded elsewhere.
+void replay(MoeArgs& a, const OptTensor& topk_ids, const OptTensor& topk_weights) {
   a.topk_ids = pointer<int64_t>(topk_ids, at::kLong, "topk_ids");
   a.topk_weights = pointer<float>(topk_weights, at::kFloat, "topk_weights");
   TORCH_CHECK(a.topk_ids != nullptr || a.router_weight != nullptr, "moe: needs router_weight or topk_ids");
   TORCH_CHECK((a.topk_ids == nullptr) == (a.topk_weights == nullptr), "moe: topk_ids and topk_weights come together");
-  if (a.topk_ids) {
-    TORCH_CHECK(topk_ids->numel() == a.num_tokens * top_k && topk_weights->numel() == a.num_tokens * top_k, "moe: topk_ids must be [num_tokens, top_k]");
-    for (int64_t i = 0; i < a.num_tokens * top_k; ++i)
-      TORCH_CHECK(a.topk_ids[i] >= 0 && a.topk_ids[i] < a.num_experts, "moe: topk_ids has ", a.topk_ids[i], " of ", a.num_experts, " experts");
-  } else {
-    TORCH_CHECK(router_weight->size(0) == a.num_experts && router_weight->size(1) == a.hidden_size, "moe: router_weight must be [num_experts, hidden_size]");
-    TORCH_CHECK(!router_bias || router_bias->numel() == a.num_experts, "moe: router_bias must be [num_experts]");
-  }
+  if (!a.topk_ids) return;
+  TORCH_CHECK(topk_ids->numel() == a.num_tokens * a.top_k && topk_weights->numel() == a.num_tokens * a.top_k, "moe: topk_ids must be [num_tokens, top_k]");
+  for (int64_t i = 0; i < a.num_tokens * a.top_k; ++i)
+    TORCH_CHECK(a.topk_ids[i] >= 0 && a.topk_ids[i] < a.num_experts, "moe: topk_ids has ", a.topk_ids[i], " of ", a.num_experts, " experts");
 }
 
 // One argument list for MoE blocks and dense MLPs; see moe in ops.py.
@@ -126,30 +150,12 @@ Tensor moe(const Tensor& x, const OptTensor& norm_weight, double eps, const OptT
            std::optional<double> limit, at::TensorList shared, at::IntArrayRef shared_formats, int64_t shared_size,
            std::optional<double> shared_limit, const OptTensor& topk_ids, const OptTensor& topk_weights, const OptTensor& residual) {
   TORCH_CHECK(x.dim() == 2, "moe: x must be [num_tokens, hidden_size], got ", x.sizes());
-  TORCH_CHECK((experts.size() == 0 || experts.size() == 3) && (shared.size() == 0 || shared.size() == 3) && experts.size() + shared.size() > 0,
-              "moe: experts and shared are each empty or (gate, up, down)");
-  MoeArgs a;
-  a.num_threads = at::get_num_threads();
-  a.num_tokens = x.size(0), a.hidden_size = x.size(1);
+  MoeArgs a = moe_weights(x.size(1), router_weight, router_bias, top_k, scaling, experts, expert_formats, num_experts, expert_size, limit, shared,
+                          shared_formats, shared_size, shared_limit);
+  a.num_threads = at::get_num_threads(), a.num_tokens = x.size(0);
+  if (a.num_experts) replay(a, topk_ids, topk_weights);
   a.x = view(x, "x"), a.norm_weight = view(norm_weight, "norm_weight"), a.eps = (float)eps;
   TORCH_CHECK(!norm_weight || norm_weight->numel() == a.hidden_size, "moe: norm_weight must have hidden_size entries");
-  a.num_experts = 0, a.top_k = 0, a.router_weight = a.router_bias = a.topk_weights = nullptr, a.topk_ids = nullptr;
-  a.limit = limit_or_infinity(limit), a.shared_limit = limit_or_infinity(shared_limit);
-  if (experts.size() == 3) {
-    TORCH_CHECK(num_experts >= 1 && num_experts <= 1024 && top_k >= 1 && top_k <= num_experts, "moe: 1 <= top_k <= num_experts <= 1024");
-    TORCH_CHECK(expert_formats.size() == 3 && expert_formats[0] == expert_formats[1], "moe: gate and up share a format");
-    a.num_experts = num_experts;
-    set_routing(a, router_weight, router_bias, top_k, scaling, topk_ids, topk_weights);
-    a.gate = packed(experts[0], expert_formats[0], expert_size, a.hidden_size, num_experts);
-    a.up = packed(experts[1], expert_formats[1], expert_size, a.hidden_size, num_experts);
-    a.down = packed(experts[2], expert_formats[2], a.hidden_size, expert_size, num_experts);
-  }
-  if (shared.size() == 3) {
-    TORCH_CHECK(shared_formats.size() == 3 && shared_formats[0] == shared_formats[1], "moe: gate and up share a format");
-    a.shared_gate = packed(shared[0], shared_formats[0], shared_size, a.hidden_size);
-    a.shared_up = packed(shared[1], shared_formats[1], shared_size, a.hidden_size);
-    a.shared_down = packed(shared[2], shared_formats[2], a.hidden_size, shared_size);
-  }
   TORCH_CHECK(!residual || residual->sizes() == x.sizes(), "moe: residual must be ", x.sizes());
   Tensor out = at::empty(x.sizes(), x.options());
   a.out = view(out, "output"), a.residual = view(residual, "residual");
@@ -263,6 +269,21 @@ void cache_write(const Tensor& k, const Tensor& v, const Tensor& k_cache, const 
   if (a.num_tokens > 0) kernels().cache_write(a);
 }
 
+// Every block that a query can see must exist.
+void check_blocks(const AttentionArgs& a) {
+  for (int64_t s = 0; s < a.num_seqs; ++s) {
+    const int64_t count = a.cu_seqlens[s + 1] - a.cu_seqlens[s], length = a.seq_lens[s], first = length - count;
+    if (count == 0) continue;
+    TORCH_CHECK(count > 0 && first >= 0 && length <= a.max_blocks * a.cache.block_size, "paged_attention: sequence ", s, " has ", count, " queries and length ",
+                length, " with room for ", a.max_blocks * a.cache.block_size);
+    const int64_t oldest = a.window > 0 ? std::max(a.first_key, first - a.window + 1) : a.first_key;
+    for (int64_t b = oldest / a.cache.block_size; b <= (length - 1) / a.cache.block_size; ++b) {
+      const int64_t block = a.block_table[s * a.max_blocks + b];
+      TORCH_CHECK(block >= 0 && block < a.cache.num_blocks, "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", a.cache.num_blocks, " blocks");
+    }
+  }
+}
+
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
                        const Tensor& cu_seqlens, int64_t window, double scale, int64_t first_key, const OptTensor& gate, const OptTensor& k_scale, const OptTensor& v_scale) {
   AttentionArgs a;
@@ -278,17 +299,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   a.block_table = pointer<int32_t>(block_table, at::kInt, "block_table"), a.max_blocks = block_table.size(1);
   a.seq_lens = pointer<int32_t>(seq_lens, at::kInt, "seq_lens"), a.cu_seqlens = pointer<int32_t>(cu_seqlens, at::kInt, "cu_seqlens");
   TORCH_CHECK(window >= 0 && first_key >= 0 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == q.size(0), "paged_attention: cu_seqlens must run from 0 to num_tokens; window and first_key must not be negative");
-  for (int64_t s = 0; s < a.num_seqs; ++s) {
-    const int64_t count = a.cu_seqlens[s + 1] - a.cu_seqlens[s], length = a.seq_lens[s], first = length - count;
-    if (count == 0) continue;
-    TORCH_CHECK(count > 0 && first >= 0 && length <= a.max_blocks * a.cache.block_size, "paged_attention: sequence ", s, " has ", count, " queries and length ",
-                length, " with room for ", a.max_blocks * a.cache.block_size);
-    const int64_t oldest = window > 0 ? std::max(first_key, first - window + 1) : first_key;
-    for (int64_t b = oldest / a.cache.block_size; b <= (length - 1) / a.cache.block_size; ++b) {
-      const int64_t block = a.block_table[s * a.max_blocks + b];
-      TORCH_CHECK(block >= 0 && block < a.cache.num_blocks, "paged_attention: block_table[", s, ", ", b, "] is ", block, " of ", a.cache.num_blocks, " blocks");
-    }
-  }
+  check_blocks(a);
   Tensor out = at::empty(q.sizes(), q.options());
   a.out = head_view(out, "output");
   if (q.size(0) > 0) kernels().attention(a);
@@ -316,7 +327,156 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
+using Packs = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// The trunk or one prediction module over packed weights and the engine's cache; see stepflash/kernels/network.py.
+class Network : public torch::CustomClassHolder {
+ public:
+  Network(Tensor embedding, double eps, Packs inverse_frequencies) {
+    args_.eps = (float)eps, args_.hidden_size = embedding.size(1);
+    args_.embedding = view(embedding, "embedding");
+    TORCH_CHECK(inverse_frequencies.size() <= 4, "network: at most 4 kinds of rotation");
+    args_.num_ropes = (int)inverse_frequencies.size();
+    for (int i = 0; i < args_.num_ropes; ++i) args_.ropes[i] = {pointer<float>(keep(inverse_frequencies[i]), at::kFloat, "inverse_frequencies"), inverse_frequencies[i].numel()};
+    vocab_size_ = embedding.size(0), type_ = embedding.scalar_type();
+    keep(embedding);
+  }
+
+  // norms: input, q, k, post attention. projections: q, k, v, gate, o. heads: query heads, KV heads, head size.
+  // place: rotation, group, window, first key. caches: k, v and for int8 their scales.
+  void add_layer(Packs norms, Packs projections, Ints formats, Ints heads, Ints place, Packs caches) {
+    TORCH_CHECK(norms.size() == 4 && projections.size() == 5 && formats.size() == 5 && heads.size() == 3 && place.size() == 4 && (caches.size() == 2 || caches.size() == 4),
+                "network: add_layer takes 4 norms, 5 projections with formats, 3 sizes, 4 numbers of its place, 2 or 4 cache tensors");
+    LayerArgs a;
+    a.num_heads = heads[0], a.num_kv_heads = heads[1], a.head_dim = heads[2];
+    const int64_t hidden = args_.hidden_size, q_size = a.num_heads * a.head_dim, kv_size = a.num_kv_heads * a.head_dim;
+    a.input_norm = norm(norms[0], hidden), a.q_norm = norm(norms[1], a.head_dim), a.k_norm = norm(norms[2], a.head_dim);
+    a.q = packed(keep(projections[0]), formats[0], q_size, hidden), a.k = packed(keep(projections[1]), formats[1], kv_size, hidden);
+    a.v = packed(keep(projections[2]), formats[2], kv_size, hidden), a.gate = packed(keep(projections[3]), formats[3], a.num_heads, hidden);
+    a.o = packed(keep(projections[4]), formats[4], hidden, q_size);
+    a.rope = (int)place[0], a.group = (int)place[1], a.window = place[2], a.first_key = place[3];
+    TORCH_CHECK(a.rope >= 0 && a.rope < args_.num_ropes && (a.group == 0 || a.group == 1) && a.window >= 0 && a.first_key >= 0, "network: bad place of a layer");
+    TORCH_CHECK(a.num_heads % a.num_kv_heads == 0 && a.num_heads / a.num_kv_heads <= 48 && a.num_heads <= 496 && 2 * args_.ropes[a.rope].half <= a.head_dim,
+                "network: ", a.num_heads, " query heads on ", a.num_kv_heads, " KV heads of ", a.head_dim);
+    a.scale = 1.0f / std::sqrt((float)a.head_dim);
+    for (const Tensor& cache : caches) keep(cache);
+    const bool has_scales = caches.size() == 4;
+    a.cache = cache_of(caches[0], caches[1], has_scales ? OptTensor(caches[2]) : std::nullopt, has_scales ? OptTensor(caches[3]) : std::nullopt);
+    TORCH_CHECK(a.cache.num_kv_heads == a.num_kv_heads && a.cache.head_dim == a.head_dim, "network: the cache has other heads than the layer");
+    post_norm_ = norm(norms[3], hidden);
+    layers_.push_back(a);
+  }
+
+  // The feed-forward block of the layer just added; as the op moe.
+  void set_feed_forward(OptTensor router_weight, OptTensor router_bias, int64_t top_k, double scaling, Packs experts, Ints expert_formats,
+                        int64_t num_experts, int64_t expert_size, std::optional<double> limit, Packs shared, Ints shared_formats, int64_t shared_size,
+                        std::optional<double> shared_limit) {
+    TORCH_CHECK(!layers_.empty(), "network: no layer yet");
+    for (const OptTensor& t : {router_weight, router_bias})
+      if (t) keep(*t);
+    for (const Packs* list : {&experts, &shared})
+      for (const Tensor& t : *list) keep(t);
+    MoeArgs& a = layers_.back().feed_forward;
+    a = moe_weights(args_.hidden_size, router_weight, router_bias, top_k, scaling, experts, expert_formats, num_experts, expert_size, limit, shared,
+                    shared_formats, shared_size, shared_limit);
+    a.norm_weight = post_norm_, a.eps = args_.eps;
+  }
+
+  void set_head(Tensor final_norm, Tensor head, int64_t format, int64_t vocab_limit) {
+    args_.final_norm = norm(final_norm, args_.hidden_size);
+    args_.head = packed(keep(head), format, vocab_size_, args_.hidden_size);
+    TORCH_CHECK(vocab_limit >= 1 && vocab_limit <= vocab_size_, "network: vocab_limit must be within the vocabulary");
+    args_.vocab_limit = vocab_limit;
+  }
+
+  // Makes this a prediction module.
+  void set_join(Tensor enorm, Tensor hnorm, Tensor eh_proj, int64_t format) {
+    args_.enorm = norm(enorm, args_.hidden_size), args_.hnorm = norm(hnorm, args_.hidden_size);
+    args_.eh_proj = packed(keep(eh_proj), format, args_.hidden_size, 2 * args_.hidden_size);
+  }
+
+  // per_token int64 [4, num_tokens]: ids, positions, slots of the full and of the sliding group. per_sequence int32
+  // [2 num_seqs + 1]: token boundaries, then slots in use. Returns hidden states, logits, best tokens, their logits.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& per_token, const Tensor& per_sequence, const Tensor& full_table,
+                                                 const Tensor& sliding_table, const OptTensor& previous, const Tensor& logit_rows) {
+    if (!args_.layers) args_.layers = std::make_shared<const std::vector<LayerArgs>>(layers_);
+    NetworkArgs a = args_;
+    TORCH_CHECK(per_token.dim() == 2 && per_token.size(0) == 4 && per_token.size(1) > 0, "network: per_token must be [4, num_tokens]");
+    a.num_threads = at::get_num_threads(), a.num_tokens = per_token.size(1);
+    a.input_ids = pointer<int64_t>(per_token, at::kLong, "per_token"), a.positions = a.input_ids + a.num_tokens;
+    a.num_seqs = per_sequence.numel() / 2;
+    a.cu_seqlens = pointer<int32_t>(per_sequence, at::kInt, "per_sequence"), a.seq_lens = a.cu_seqlens + a.num_seqs + 1;
+    TORCH_CHECK(per_sequence.numel() % 2 == 1 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == a.num_tokens, "network: the boundaries must run from 0 to num_tokens");
+    for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.input_ids[t] >= 0 && a.input_ids[t] < vocab_size_, "network: token id ", a.input_ids[t], " of ", vocab_size_);
+    const Tensor* tables[2] = {&full_table, &sliding_table};
+    for (int group = 0; group < 2; ++group) {
+      a.slots[group] = a.input_ids + (2 + group) * a.num_tokens;
+      TORCH_CHECK(tables[group]->dim() == 2 && tables[group]->size(0) == a.num_seqs && tables[group]->scalar_type() == at::kInt && tables[group]->stride(1) == 1,
+                  "network: block tables must be int32 [num_seqs, max_blocks]");
+      a.block_tables[group] = tables[group]->data_ptr<int32_t>(), a.max_blocks[group] = a.num_seqs > 1 ? tables[group]->stride(0) : tables[group]->size(1);
+    }
+    check(a);
+    const auto options = at::TensorOptions().dtype(type_);
+    TORCH_CHECK((previous.has_value() && previous->dim() == 2 && previous->size(0) == a.num_tokens) == (a.enorm.data != nullptr), "network: a prediction module needs previous hidden states [num_tokens, hidden_size], the trunk has none");
+    if (previous) a.previous = view(*previous, "previous");
+    Tensor hidden = at::empty({a.num_tokens, a.hidden_size}, options);
+    a.hidden = view(hidden, "hidden");
+    a.num_logit_rows = logit_rows.numel(), a.logit_rows = pointer<int64_t>(logit_rows, at::kLong, "logit_rows");
+    for (int64_t i = 0; i < a.num_logit_rows; ++i) TORCH_CHECK(a.logit_rows[i] >= 0 && a.logit_rows[i] < a.num_tokens, "network: logit row ", a.logit_rows[i]);
+    Tensor logits = at::empty({a.num_logit_rows, vocab_size_}, options.dtype(at::kFloat)), best_logit = at::empty({a.num_logit_rows}, options.dtype(at::kFloat));
+    Tensor best = at::empty({a.num_logit_rows}, options.dtype(at::kLong));
+    a.logits = view(logits, "logits"), a.best = best.data_ptr<int64_t>(), a.best_logit = best_logit.data_ptr<float>();
+    kernels().network(a);
+    return {hidden, logits, best, best_logit};
+  }
+
+ private:
+  NetworkArgs args_;
+  std::vector<LayerArgs> layers_;
+  std::vector<Tensor> kept_;
+  View post_norm_;
+  int64_t vocab_size_ = 0;
+  at::ScalarType type_;
+
+  const Tensor& keep(const Tensor& t) {
+    kept_.push_back(t);
+    return t;
+  }
+
+  View norm(const Tensor& weight, int64_t size) {
+    TORCH_CHECK(weight.numel() == size, "network: a norm has ", weight.numel(), " weights instead of ", size);
+    return view(keep(weight), "norm weight");
+  }
+
+  // Each layer's own slots and blocks exist; layers of a group share both.
+  void check(const NetworkArgs& a) const {
+    const LayerArgs* seen[2] = {nullptr, nullptr};
+    for (const LayerArgs& layer : *a.layers) {
+      const int group = layer.group;
+      if (seen[group] && seen[group]->window == layer.window && seen[group]->first_key == layer.first_key) continue;
+      seen[group] = &layer;
+      for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.slots[group][t] < layer.cache.num_blocks * layer.cache.block_size, "network: slot ", a.slots[group][t]);
+      AttentionArgs attention;
+      attention.num_seqs = a.num_seqs, attention.cu_seqlens = a.cu_seqlens, attention.seq_lens = a.seq_lens;
+      attention.block_table = a.block_tables[group], attention.max_blocks = a.max_blocks[group];
+      attention.window = layer.window, attention.first_key = layer.first_key, attention.cache = layer.cache;
+      check_blocks(attention);
+    }
+  }
+};
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(stepflash, m) {
+  m.class_<Network>("Network")
+      .def(torch::init<Tensor, double, Packs>())
+      .def("add_layer", &Network::add_layer)
+      .def("set_feed_forward", &Network::set_feed_forward)
+      .def("set_head", &Network::set_head)
+      .def("set_join", &Network::set_join)
+      .def("run", &Network::run);
+}
 
 TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
   m.impl("linear", linear);

@@ -1,0 +1,150 @@
+"""One pass of the trunk or of a prediction module: tokens in, hidden states and logits out.
+
+`ModelNetwork` runs the model's own modules, whatever they are made of and wherever they are. `NativeNetwork` runs
+a packed model on the CPU as one native call: with small models and single tokens, the calls between operations
+would cost more than the operations. Both give a token the same result whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepflash.engine.attend import PagedAttention
+from stepflash.engine.batch import TokenBatch
+from stepflash.engine.kv_cache import KVCache
+from stepflash.kernels import build
+from stepflash.model.config import RopeConfig
+from stepflash.model.transformer import Step3p5ForCausalLM
+from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTPLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """hidden_states [num_tokens, hidden_size] before the final norm; logits [num_rows, vocab_size] float32.
+
+    `greedy`: the best token below the vocabulary limit and its logit, [num_rows] each, where they come for free.
+    """
+
+    hidden_states: Tensor
+    logits: Tensor
+    greedy: tuple[Tensor, Tensor] | None = None
+
+
+class Network(Protocol):
+    """What the engine runs. `rows` are the tokens of the batch whose logits are wanted, ascending."""
+
+    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass: ...
+
+    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
+        """MTP module 1, 2 or 3; `previous` [num_tokens, hidden_size] is what the one before it left."""
+        ...
+
+
+class ModelNetwork:
+    """Runs the model's modules over the cache."""
+
+    def __init__(self, model: Step3p5ForCausalLM, cache: KVCache) -> None:
+        self._model = model
+        self._cache = cache
+
+    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass:
+        hidden_states = self._model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch))
+        chosen = _select(hidden_states, rows)
+        return Pass(hidden_states, self._model.compute_logits(chosen) if rows else _no_logits(hidden_states))
+
+    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
+        attend = PagedAttention(self._cache, batch)
+        hidden_states = self._model.mtp_forward(module, batch.input_ids, previous, batch.positions, attend)
+        if not rows:
+            return Pass(hidden_states, _no_logits(hidden_states))
+        return Pass(hidden_states, self._model.mtp_compute_logits(module, _select(hidden_states, rows)))
+
+
+class NativeNetwork:
+    """Runs a packed model over the cache with one native call a pass."""
+
+    def __init__(self, model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> None:
+        num_layers, num_modules = model.config.num_layers, cache.limits.num_modules
+        layers = [
+            layer for layer in model.model.layers if isinstance(layer, QuantDecoderLayer | QuantMTPLayer)
+        ]
+        self._passes = [_new_network(model, cache, layers[:num_layers], 0)]
+        self._passes[0].set_head(*_head(model.model.norm, model.lm_head), vocab_limit)
+        for index, layer in enumerate(layers[num_layers : num_layers + num_modules], start=num_layers):
+            native = _new_network(model, cache, [layer], index)
+            assert isinstance(layer, QuantMTPLayer)
+            join: Any = layer.eh_proj
+            native.set_join(layer.enorm.weight, layer.hnorm.weight, join.weight.packed, int(join.weight.fmt))
+            native.set_head(*_head(layer.head_norm, layer.head), vocab_limit)
+            self._passes.append(native)
+
+    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass:
+        return self._run(0, batch, None, rows)
+
+    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
+        return self._run(module, batch, previous, rows)
+
+    def _run(self, module: int, batch: TokenBatch, previous: Tensor | None, rows: Sequence[int]) -> Pass:
+        hidden_states, logits, best, best_logit = self._passes[module].run(
+            batch.per_token,
+            batch.per_sequence,
+            *batch.block_tables,
+            previous,
+            torch.tensor(rows, dtype=torch.long),
+        )
+        return Pass(hidden_states, logits, (best, best_logit))
+
+
+def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:
+    """The fastest network that this model and cache allow."""
+    layers = model.model.layers
+    is_packed = all(isinstance(layer, QuantDecoderLayer | QuantMTPLayer) for layer in layers)
+    is_native = all(layer.is_native for layer in cache.layers.values())
+    if is_packed and is_native and cache.device.type == "cpu" and build.load():
+        return NativeNetwork(model, cache, vocab_limit)
+    return ModelNetwork(model, cache)
+
+
+def _new_network(
+    model: Step3p5ForCausalLM, cache: KVCache, layers: Sequence[QuantDecoderLayer | QuantMTPLayer], first: int
+) -> Any:
+    """A torch.classes.stepflash.Network (csrc/bindings.cpp) with these layers, the first of index `first`."""
+    ropes: list[RopeConfig] = list(dict.fromkeys(layer.rope for layer in layers))
+    frequencies = [model.rope_frequencies[rope].contiguous() for rope in ropes]
+    embedding, eps = model.model.embed_tokens.weight, model.config.rms_norm_eps
+    native = torch.classes.stepflash.Network(embedding, eps, frequencies)
+    for index, layer in enumerate(layers, start=first):
+        attention, block, cached = layer.attention, layer.feed_forward, cache.layers[index]
+        norms = [attention.norm_weight, attention.q_norm, attention.k_norm, block.norm_weight]
+        projections: list[Any] = [*attention.projections, attention.o_proj]
+        caches = [cached.keys, cached.values, cached.k_scale, cached.v_scale]
+        native.add_layer(
+            norms,
+            [p.packed for p in projections],
+            [int(p.fmt) for p in projections],
+            [attention.num_heads, attention.num_kv_heads, attention.head_dim],
+            [ropes.index(layer.rope), cached.group, cached.window or 0, cached.first_slot],
+            [tensor for tensor in caches if tensor is not None],
+        )
+        native.set_feed_forward(*block.native_arguments())
+    return native
+
+
+def _head(norm: Any, head: Any) -> tuple[Tensor, Tensor, int]:
+    assert isinstance(head, QuantLinear)
+    return norm.weight, head.weight.packed, int(head.weight.fmt)
+
+
+def _select(hidden_states: Tensor, rows: Sequence[int]) -> Tensor:
+    if len(rows) == hidden_states.shape[0]:
+        return hidden_states
+    return hidden_states[torch.tensor(rows, dtype=torch.long, device=hidden_states.device)]
+
+
+def _no_logits(hidden_states: Tensor) -> Tensor:
+    return hidden_states.new_empty((0, 0), dtype=torch.float32)
