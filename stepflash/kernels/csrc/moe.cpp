@@ -1,6 +1,6 @@
 // A whole feed-forward block in one job: norm, router, routed experts, shared expert, residual.
 //
-// Phases: prepare tokens | router scores | choose and group by expert | gate and up | down | sum. With few tokens
+// Phases: prepare tokens | router scores | choose and group by expert | gate and up | down and sum. With few tokens
 // every thread prepares, chooses and groups for itself instead of waiting for another. Every output element
 // is summed by one thread over the token's experts in ascending order, the shared expert last, so the result
 // depends neither on the threads nor on the other tokens. A dense MLP is a block with a shared expert only.
@@ -12,7 +12,7 @@
 
 namespace SF_ISA {
 
-constexpr int64_t FEW_TOKENS = 6;
+constexpr int64_t FEW_TOKENS = 6, LARGE_EXPERT = 128 << 10;
 
 // scores[e] = <x, weight[e]> in float32, always in this order of summation.
 SF_INLINE void router_dot(const float* x, const float* weight, int64_t n, float* score) {
@@ -169,7 +169,7 @@ void route(const RouteArgs& args) {
 // when tokens are few, `shared` what the team makes together.
 struct MoePlan {
   int64_t tokens, hidden, experts, top_k, slots, x_stride, sum_stride;
-  bool has_routed, has_shared, same_in, few, repeats;
+  bool has_routed, has_shared, same_in, few, repeats, repeats_scores;
   Expert routed, shared;
   Layout own_layout, shared_layout;
   int64_t x, routed_in, shared_in, ids, weights, slot_token, slot_weight, inputs, hidden_records, start, active;  // prepared
@@ -182,8 +182,10 @@ struct MoePlan {
     if (has_shared) shared = Expert(args.shared_gate, args.shared_up, args.shared_down, args.shared_limit);
     x_stride = round_up(hidden, 256), sum_stride = num_panels(hidden) * PANEL;
     slots = has_routed ? tokens * top_k : 0;
-    few = tokens <= FEW_TOKENS;
-    repeats = args.num_threads > 1 && few && tokens * hidden <= REPEAT_BELOW;
+    // Few tokens and large experts: each expert's output apart, so that its weights are read in long streams.
+    few = tokens <= FEW_TOKENS && (has_routed ? routed : shared).down.bytes() > LARGE_EXPERT;
+    repeats = args.num_threads > 1 && tokens <= FEW_TOKENS && tokens * hidden <= REPEAT_BELOW;
+    repeats_scores = repeats && tokens * hidden * experts <= 4 * REPEAT_BELOW;
     same_in = has_routed && has_shared && record_key(args.gate.format) == record_key(args.shared_gate.format);
     Layout& prepared = repeats ? own_layout : shared_layout;
     x = prepared.add(tokens * x_stride * 4);
@@ -194,11 +196,10 @@ struct MoePlan {
     slot_token = prepared.add(slots * 4), slot_weight = prepared.add(slots * 4);
     inputs = prepared.add((slots + tokens) * 8), hidden_records = prepared.add((slots + tokens) * 8);
     start = prepared.add((experts + 1) * 8), active = prepared.add((experts + 1) * 8);  // active: count, then ids
-    scores = shared_layout.add(tokens * experts * 4);
+    scores = (repeats_scores ? own_layout : shared_layout).add(tokens * experts * 4);
     routed_hidden = shared_layout.add(slots * routed.hidden.bytes);
     shared_hidden = shared_layout.add(has_shared ? tokens * shared.hidden.bytes : 0);
     sums = shared_layout.add(tokens * sum_stride * 4);
-    // Few tokens: each expert's output apart, so that its weights are read in long streams.
     parts = shared_layout.add(few ? (slots + tokens) * sum_stride * 4 : 0);
   }
 };
@@ -227,7 +228,7 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     has_records = true;
   };
   const bool routes = p.has_routed && args.topk_ids == nullptr;
-  float* scores = (float*)(scratch + p.scores);
+  float* scores = (float*)((p.repeats_scores ? prepared : scratch) + p.scores);
   int64_t* ids = (int64_t*)(prepared + p.ids);
   float* weights = (float*)(prepared + p.weights);
   const auto pick = [&](int64_t t) {
@@ -261,18 +262,19 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
       hidden_records[p.slots + t] = scratch + p.shared_hidden + t * p.shared.hidden.bytes;
     }
   };
+  const RouterScores router{p.tokens, p.experts, p.hidden, (const float*)(prepared + p.x), args.router_weight, p.x_stride, scores};
   // What the later phases of this thread need; only items may call it.
   const auto get_ready = [&] {
     if (!p.repeats || has_groups) return;
     all_records();
+    for (int64_t item = 0; routes && p.repeats_scores && item < router.items(); ++item) router(item);
     for (int64_t t = 0; routes && t < p.tokens; ++t) pick(t);
     group();
     has_groups = true;
   };
 
   if (!p.repeats) team.share(p.tokens, make_records);
-  if (routes) {
-    const RouterScores router{p.tokens, p.experts, p.hidden, (const float*)(prepared + p.x), args.router_weight, p.x_stride, scores};
+  if (routes && !p.repeats_scores) {
     team.share(router.items(), [&](int64_t item) {
       all_records();
       router(item);

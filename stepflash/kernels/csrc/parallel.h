@@ -22,12 +22,16 @@ class Team {
     }
     const int64_t base = base_, end = base + count;
     base_ = end;
-    for (int64_t number = job_->next.load(std::memory_order_acquire); number < end;) {
-      if (!job_->next.compare_exchange_weak(number, number + 1, std::memory_order_acq_rel)) continue;
-      item(number - base);
-      job_->done.fetch_add(1, std::memory_order_release);
+    int64_t number = job_->next.load(std::memory_order_acquire), num_done = 0;
+    while (number < end) {
+      // Half of a fair share at once: the counters are shared, and an item may be as short as a look at them.
+      const int64_t left = end - number, taken = left > 2 * num_threads ? left / (2 * num_threads) : 1;
+      if (!job_->next.compare_exchange_weak(number, number + taken, std::memory_order_acq_rel)) continue;
+      for (int64_t i = number; i < number + taken; ++i) item(i - base);
+      num_done += taken;
       number = job_->next.load(std::memory_order_acquire);
     }
+    if (num_done > 0) job_->done.fetch_add(num_done, std::memory_order_acq_rel);
     for (int round = 0; job_->done.load(std::memory_order_acquire) < end; ++round) stepflash::wait_a_little(round);
   }
 
