@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,16 @@ class Network(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What all modules in a row left, by module: rows read, hidden states; by job: drafts and their logits."""
+
+    rows: Sequence[Tensor]
+    hidden_states: Sequence[Tensor]
+    token_ids: list[list[int]]
+    logits: list[list[float]]
+
+
 class ModelNetwork:
     """Runs the model's modules over the cache."""
 
@@ -73,6 +84,7 @@ class NativeNetwork:
         layers = [
             layer for layer in model.model.layers if isinstance(layer, QuantDecoderLayer | QuantMTPLayer)
         ]
+        self.num_modules = num_modules
         self._passes = [_new_network(model, cache, layers[:num_layers], 0)]
         self._passes[0].set_head(*_head(model.model.norm, model.lm_head), vocab_limit)
         for index, layer in enumerate(layers[num_layers : num_layers + num_modules], start=num_layers):
@@ -82,12 +94,36 @@ class NativeNetwork:
             native.set_join(layer.enorm.weight, layer.hnorm.weight, join.weight.packed, int(join.weight.fmt))
             native.set_head(*_head(layer.head_norm, layer.head), vocab_limit)
             self._passes.append(native)
+        for native, following in pairwise(self._passes[1:]):
+            native.set_next(following)
+        # Row views of the block tables, which never move.
+        self._tables = [torch.from_numpy(table) for table in cache.tables]
+        self._block_size = cache.block_size
 
     def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass:
         return self._run(0, batch, None, rows)
 
     def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
         return self._run(module, batch, previous, rows)
+
+    def draft(
+        self,
+        hidden_states: Sequence[Tensor],
+        pending: Sequence[Tensor],
+        starts: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        first_slots: Sequence[int],
+        num_known: Sequence[int],
+        table_rows: Sequence[int],
+    ) -> Drafts:
+        """All modules in a row, each drafting greedily for every job; see `Network::draft` in csrc/bindings.cpp."""
+        offsets = [0, *accumulate(map(len, token_ids))][:-1]
+        flat = token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids))
+        rows, left, drafts, logits = self._passes[1].draft(
+            hidden_states, pending, starts, flat, offsets, first_slots, num_known, table_rows, *self._tables,
+            self._block_size,
+        )  # fmt: skip
+        return Drafts(rows, left, drafts.tolist(), logits.tolist())
 
     def _run(self, module: int, batch: TokenBatch, previous: Tensor | None, rows: Sequence[int]) -> Pass:
         hidden_states, logits, best, best_logit = self._passes[module].run(

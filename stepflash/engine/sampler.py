@@ -44,6 +44,11 @@ class SamplerState:
     # Noise of the last few positions: a draft and its verification need the same.
     noise: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_greedy(self) -> bool:
+        """True when the largest logit as the model gives it decides."""
+        return self.params.temperature < GREEDY_BELOW and self.bias is None and self.counts is None
+
     def accept(self, token_ids: Sequence[int]) -> None:
         """Count tokens that were emitted."""
         if self.counts is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from stepflash.engine.batch import Span, build_batch
 from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import Network, Pass
+from stepflash.engine.network import NativeNetwork, Network, Pass
 from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.errors import RequestError
@@ -151,6 +151,15 @@ def advance(
 
     A module that no draft needs is left behind until `max_deferred` slots are waiting.
     """
+    if (
+        isinstance(network, NativeNetwork)
+        and jobs
+        and all(_is_plain(job, network.num_modules) for job in jobs)
+    ):
+        works = _draft_in_a_row(network, sampler, jobs)
+        for work in works:
+            _keep_carries(work, cache.block_size)
+        return
     with ExitStack() as stack:
         works = []
         for job in jobs:
@@ -164,6 +173,64 @@ def advance(
             _run_module(network, cache, sampler, works, module, max_deferred)
     for work in works:
         _keep_carries(work, cache.block_size)
+
+
+def _is_plain(job: DraftJob, num_modules: int) -> bool:
+    """True when every module drafts, greedily, over whatever it has to read, and nothing restricts the tokens."""
+    seq = job.seq
+    if not (
+        job.depth == seq.num_modules == num_modules
+        and seq.constraint is None
+        and seq.sampler.is_greedy
+        and len(seq.token_ids) == seq.num_computed + 1
+    ):
+        return False
+    num_rows, num_known = job.hidden_states.shape[0], len(seq.token_ids)
+    for k, (start, pending) in enumerate(zip(seq.mtp.num_computed, seq.mtp.pending, strict=True)):
+        num_rows += 0 if pending is None else pending.shape[0]
+        if num_rows != num_known + k - start:
+            return False
+    return True
+
+
+def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
+    """What the loop over `_run_module` comes to for plain jobs, in one native call."""
+    states = [job.seq.mtp for job in jobs]
+    known = [len(job.seq.token_ids) for job in jobs]
+    first = [min(state.num_computed) for state in states]
+    modules = range(network.num_modules)
+    nothing = jobs[0].hidden_states[:0]
+    pending = [state.pending[k] for k in modules for state in states]
+    done = network.draft(
+        [job.hidden_states for job in jobs],
+        [nothing if rows is None else rows for rows in pending],
+        [state.num_computed[k] for k in modules for state in states],
+        [job.seq.token_ids[start:] for job, start in zip(jobs, first, strict=True)],
+        first,
+        known,
+        [job.seq.blocks.row for job in jobs],  # type: ignore[union-attr]
+    )
+    works = []
+    begins = [0] * network.num_modules  # of this job's rows in each module's
+    for j, job in enumerate(jobs):
+        seq = job.seq
+        job.mtp, job.drafts, job.carries = seq.mtp.copy(), [], {}
+        work = _Work(job, Walk(None, sampler), None, 0, job.depth, 0)
+        for k in modules:
+            start = seq.mtp.num_computed[k]
+            begin, end = begins[k], begins[k] + known[j] + k - start
+            work.rows, work.available, begins[k] = done.rows[k][begin:end], known[j] - (k == 0), end
+            work.feeds.append((start, work.rows))
+            job.mtp.pending[k] = _exact_rows(work, start, known[j])
+            job.mtp.num_computed[k] = known[j]
+        for k in modules:
+            if not math.isfinite(done.logits[k][j]):
+                break
+            job.drafts.append(done.token_ids[k][j])
+            if job.drafts[-1] in seq.stop_ids:  # nothing follows a stop token
+                break
+        works.append(work)
+    return works
 
 
 def _run_module(

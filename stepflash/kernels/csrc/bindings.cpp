@@ -1,8 +1,10 @@
 // Tensors in, kernel arguments out. The only file that includes torch; the ops are declared in ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/tensor.h>
 #include <sys/mman.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -431,8 +433,70 @@ class Network : public torch::CustomClassHolder {
     return {hidden, logits, best, best_logit};
   }
 
+  // The module whose drafts follow this one's.
+  void set_next(c10::intrusive_ptr<Network> next) { next_ = std::move(next); }
+
+  // This module and those after it, each proposing the best token after the tokens known and proposed before; one
+  // job per sequence. hidden_states: by job, what the trunk left at its newest slots. By module, then by job:
+  // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
+  // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and
+  // table_rows, its row in the tables. Returns by module the rows that it read and its hidden states, jobs end to
+  // end, and drafts and their logits [num_modules, num_jobs].
+  std::tuple<Packs, Packs, Tensor, Tensor> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids, const Ints& offsets,
+                                                 const Ints& first_slots, const Ints& num_known, const Ints& table_rows, const Tensor& full_table,
+                                                 const Tensor& sliding_table, int64_t block_size) {
+    const int64_t jobs = (int64_t)hidden_states.size();
+    int64_t modules = 0;
+    for (Network* module = this; module; module = module->next_.get()) ++modules;
+    TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
+                    (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
+                "network: draft needs one entry per job, and per module and job");
+    const Tensor rows_index = at::tensor(table_rows, at::kLong), last = at::empty({jobs}, at::kLong);
+    const auto table_of = [&](const Tensor& table, int64_t columns) {
+      return jobs == 1 ? table.narrow(0, table_rows[0], 1).narrow(1, 0, columns) : table.narrow(1, 0, columns).index_select(0, rows_index);
+    };
+    Packs read, left, previous = hidden_states;
+    Tensor drafts = at::empty({modules, jobs}, at::kLong), values = at::empty({modules, jobs}, at::kFloat);
+    Network* module = this;
+    for (int64_t m = 0; m < modules; ++m, module = module->next_.get()) {
+      Packs inputs;
+      Ints counts;
+      std::vector<int32_t> per_sequence(2 * jobs + 1, 0);
+      int64_t tokens = 0, longest = 0;
+      for (int64_t j = 0; j < jobs; ++j) {
+        if (pending[m * jobs + j].numel() > 0) inputs.push_back(pending[m * jobs + j]);
+        inputs.push_back(previous[j]);
+        counts.push_back(num_known[j] + m - starts[m * jobs + j]);
+        tokens += counts[j];
+        per_sequence[j + 1] = (int32_t)tokens, per_sequence[jobs + 1 + j] = (int32_t)(num_known[j] + m);
+        longest = std::max(longest, num_known[j] + m);
+      }
+      const Tensor rows = inputs.size() == 1 ? inputs[0] : at::cat(inputs);
+      TORCH_CHECK(rows.size(0) == tokens, "network: module ", m + 1, " has ", rows.size(0), " rows for ", tokens, " tokens");
+      const int64_t columns = (longest + block_size - 1) / block_size;
+      const Tensor tables[2] = {table_of(full_table, columns), table_of(sliding_table, columns)};
+      Tensor per_token = at::empty({4, tokens}, at::kLong);
+      int64_t* out = per_token.data_ptr<int64_t>();
+      for (int64_t j = 0, t = 0; j < jobs; ++j) {
+        for (int64_t slot = starts[m * jobs + j]; slot < num_known[j] + m; ++slot, ++t) {
+          out[t] = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts.data_ptr<int64_t>()[(slot - num_known[j]) * jobs + j];
+          out[tokens + t] = slot - (m + 1);
+          for (int group = 0; group < 2; ++group)
+            out[(2 + group) * tokens + t] = tables[group].data_ptr<int32_t>()[j * tables[group].stride(0) + slot / block_size] * block_size + slot % block_size;
+        }
+        last.data_ptr<int64_t>()[j] = t - 1;
+      }
+      auto [hidden, logits, best, best_logit] = module->run(per_token, at::tensor(per_sequence, at::kInt), tables[0], tables[1], rows, last);
+      drafts[m].copy_(best), values[m].copy_(best_logit);
+      read.push_back(rows), left.push_back(hidden);
+      previous = jobs == 1 ? Packs{hidden} : hidden.split_with_sizes(counts);
+    }
+    return {read, left, drafts, values};
+  }
+
  private:
   NetworkArgs args_;
+  c10::intrusive_ptr<Network> next_;
   std::vector<LayerArgs> layers_;
   std::vector<Tensor> kept_;
   View post_norm_;
@@ -475,7 +539,9 @@ TORCH_LIBRARY_FRAGMENT(stepflash, m) {
       .def("set_feed_forward", &Network::set_feed_forward)
       .def("set_head", &Network::set_head)
       .def("set_join", &Network::set_join)
-      .def("run", &Network::run);
+      .def("run", &Network::run)
+      .def("set_next", &Network::set_next)
+      .def("draft", &Network::draft);
 }
 
 TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
