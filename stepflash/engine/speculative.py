@@ -151,11 +151,8 @@ def advance(
 
     A module that no draft needs is left behind until `max_deferred` slots are waiting.
     """
-    if (
-        isinstance(network, NativeNetwork)
-        and jobs
-        and all(_is_plain(job, network.num_modules) for job in jobs)
-    ):
+    is_plain = bool(jobs) and all(_is_plain(job, jobs[0].depth, max_deferred) for job in jobs)
+    if is_plain and isinstance(network, NativeNetwork):
         works = _draft_in_a_row(network, sampler, jobs)
         for work in works:
             _keep_carries(work, cache.block_size)
@@ -175,18 +172,21 @@ def advance(
         _keep_carries(work, cache.block_size)
 
 
-def _is_plain(job: DraftJob, num_modules: int) -> bool:
-    """True when every module drafts, greedily, over whatever it has to read, and nothing restricts the tokens."""
+def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
+    """True when `depth` modules draft, greedily, over whatever they have to read, and no other module must run."""
     seq = job.seq
+    num_known, mtp = len(seq.token_ids), seq.mtp
     if not (
-        job.depth == seq.num_modules == num_modules
+        job.depth == depth > 0
         and seq.constraint is None
         and seq.sampler.is_greedy
-        and len(seq.token_ids) == seq.num_computed + 1
+        and num_known == seq.num_computed + 1
     ):
         return False
-    num_rows, num_known = job.hidden_states.shape[0], len(seq.token_ids)
-    for k, (start, pending) in enumerate(zip(seq.mtp.num_computed, seq.mtp.pending, strict=True)):
+    if depth < seq.num_modules and (job.must_advance or num_known - mtp.num_computed[depth] >= max_deferred):
+        return False
+    num_rows = job.hidden_states.shape[0]
+    for k, (start, pending) in enumerate(zip(mtp.num_computed[:depth], mtp.pending, strict=False)):
         num_rows += 0 if pending is None else pending.shape[0]
         if num_rows != num_known + k - start:
             return False
@@ -194,11 +194,11 @@ def _is_plain(job: DraftJob, num_modules: int) -> bool:
 
 
 def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
-    """What the loop over `_run_module` comes to for plain jobs, in one native call."""
+    """What the loop over `_run_module` comes to for plain jobs of one depth, in one native call."""
     states = [job.seq.mtp for job in jobs]
     known = [len(job.seq.token_ids) for job in jobs]
-    first = [min(state.num_computed) for state in states]
-    modules = range(network.num_modules)
+    modules = range(jobs[0].depth)
+    first = [min(state.num_computed[: len(modules)]) for state in states]
     nothing = jobs[0].hidden_states[:0]
     pending = [state.pending[k] for k in modules for state in states]
     done = network.draft(
@@ -211,7 +211,7 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
         [job.seq.blocks.row for job in jobs],  # type: ignore[union-attr]
     )
     works = []
-    begins = [0] * network.num_modules  # of this job's rows in each module's
+    begins = [0] * len(modules)  # of this job's rows in each module's
     for j, job in enumerate(jobs):
         seq = job.seq
         job.mtp, job.drafts, job.carries = seq.mtp.copy(), [], {}
@@ -223,6 +223,13 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
             work.feeds.append((start, work.rows))
             job.mtp.pending[k] = _exact_rows(work, start, known[j])
             job.mtp.num_computed[k] = known[j]
+        for k in range(len(modules), seq.num_modules):
+            start = seq.mtp.num_computed[k]
+            if k == len(modules):  # the first that stays behind has more to read now
+                work.rows = _join(seq.mtp.pending[k], done.hidden_states[k - 1][begin:end])
+                work.available = known[j]
+                job.mtp.pending[k] = _exact_rows(work, start, start)
+            work.feeds.append((start, None))
         for k in modules:
             if not math.isfinite(done.logits[k][j]):
                 break

@@ -134,9 +134,9 @@ def test_cached_logits_equal_the_full_forward(
     seen: dict[int, Tensor] = {}
     choose = core.sampler.choose
 
-    def record(logits: Tensor, rows: list[Row]) -> object:
+    def record(logits: Tensor, rows: list[Row], greedy: tuple[Tensor, Tensor] | None) -> object:
         seen.update({row.position: line for row, line in zip(rows, logits, strict=True)})
-        return choose(logits, rows)
+        return choose(logits, rows, greedy)
 
     monkeypatch.setattr(core.sampler, "choose", record)
     drive(core, request("a", prompt, max_tokens=96, draft_depth=0))

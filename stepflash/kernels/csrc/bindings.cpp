@@ -436,7 +436,7 @@ class Network : public torch::CustomClassHolder {
   // The module whose drafts follow this one's.
   void set_next(c10::intrusive_ptr<Network> next) { next_ = std::move(next); }
 
-  // This module and those after it, each proposing the best token after the tokens known and proposed before; one
+  // This module and as many after it as `starts` tells, each proposing the best token after the tokens known and proposed before; one
   // job per sequence. hidden_states: by job, what the trunk left at its newest slots. By module, then by job:
   // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
   // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and
@@ -445,9 +445,10 @@ class Network : public torch::CustomClassHolder {
   std::tuple<Packs, Packs, Tensor, Tensor> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids, const Ints& offsets,
                                                  const Ints& first_slots, const Ints& num_known, const Ints& table_rows, const Tensor& full_table,
                                                  const Tensor& sliding_table, int64_t block_size) {
-    const int64_t jobs = (int64_t)hidden_states.size();
-    int64_t modules = 0;
-    for (Network* module = this; module; module = module->next_.get()) ++modules;
+    const int64_t jobs = (int64_t)hidden_states.size(), modules = jobs ? (int64_t)starts.size() / jobs : 0;
+    int64_t most = 0;
+    for (Network* module = this; module; module = module->next_.get()) ++most;
+    TORCH_CHECK(modules >= 1 && modules <= most, "network: draft runs 1 to ", most, " modules");
     TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
                     (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
                 "network: draft needs one entry per job, and per module and job");

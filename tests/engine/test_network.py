@@ -1,0 +1,156 @@
+"""The native pass of a packed model against the model's own modules, and drafts in a row against one by one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepflash.chat.tokenizer import Tokenizer
+from stepflash.engine import speculative
+from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.network import ModelNetwork, NativeNetwork, Pass
+from stepflash.engine.request import Request, SamplingParams
+from stepflash.kernels import build
+from stepflash.model import transformer
+from stepflash.nano.tasks import held_out, prompt_text
+from stepflash.weights.hub import resolve_model
+from stepflash.weights.load import load_model
+
+from .conftest import MICRO
+
+pytestmark = pytest.mark.skipif(not build.load(), reason="no native kernels: no compiler or no AVX2")
+FORMATS = ("bf16", "int8", "int4", "fp8")
+
+
+def new_core(quantization: str, **options: object) -> EngineCore:
+    torch.set_num_threads(2)
+    model = load_model(MICRO, dtype="bfloat16", quantization=quantization, progress=False)
+    return EngineCore(model, EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_both_networks_compute_the_same(
+    quantization: str, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, decoding and verification of several sequences in one batch, trunk and modules, every format."""
+    # The C library rounds cosines better than torch, so torch is given a wider angle.
+    monkeypatch.setattr(transformer, "rotation", exact_rotation)
+    core = new_core(quantization, kv_dtype=kv_dtype)
+    native, rng = core.runner.network, random.Random(3)
+    assert isinstance(native, NativeNetwork)
+    plain = ModelNetwork(core.runner.model, core.cache)
+    sequences = [core.cache.open() for _ in range(3)]
+    done = [0, 0, 0]
+    for lengths in ((40, 7, 1), (1, 30, 4), (3, 1, 2), (60, 60, 60), (1, 1, 1)):
+        spans = []
+        for i, (blocks, length) in enumerate(zip(sequences, lengths, strict=True)):
+            for group in (0, 1):
+                core.cache.grow(blocks, group, done[i] + length + 7)
+            spans.append(Span(blocks, done[i], [rng.randrange(512) for _ in range(length)]))
+            done[i] += length
+        batch = build_batch(core.cache, spans)
+        rows = sorted(rng.sample(range(batch.num_tokens), min(batch.num_tokens, 5)))
+        with torch.inference_mode():
+            expected = plain.trunk(batch, rows)
+            check_equal(native.trunk(batch, rows), expected)
+            for module in (1, 2, 3):
+                shifted = build_batch(
+                    core.cache, [Span(s.blocks, s.start + 3, s.token_ids) for s in spans], module
+                )
+                previous = expected.hidden_states
+                expected = plain.module(module, shifted, previous, rows)
+                check_equal(native.module(module, shifted, previous, rows), expected)
+
+
+def exact_rotation(inverse: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = (positions.to(torch.float32)[:, None, None] * inverse).double()
+    return angles.cos().float(), angles.sin().float()
+
+
+def check_equal(got: Pass, expected: Pass) -> None:
+    assert torch.equal(got.hidden_states, expected.hidden_states)
+    assert torch.equal(got.logits, expected.logits)
+    assert got.greedy is not None
+    assert torch.equal(got.greedy[0], got.logits.argmax(-1))
+    assert torch.equal(got.greedy[1], got.logits.amax(-1))
+
+
+def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
+    core = new_core("bf16", vocab_limit=100)
+    blocks = core.cache.open()
+    for group in (0, 1):
+        core.cache.grow(blocks, group, 20)
+    batch = build_batch(core.cache, [Span(blocks, 0, [5, 6, 7])])
+    with torch.inference_mode():
+        done = core.runner.network.trunk(batch, [0, 2])
+        assert done.greedy is not None
+        assert torch.equal(done.greedy[0], done.logits[:, :100].argmax(-1))
+        core.runner.model.model.embed_tokens.weight[6, 0] = float("nan")
+        broken = core.runner.network.trunk(batch, [2])
+        # A block that held the broken sequence serves the next one, and nothing of it is left.
+        core.cache.close(blocks)
+        blocks = core.cache.open()
+        for group in (0, 1):
+            core.cache.grow(blocks, group, 20)
+        whole = core.runner.network.trunk(build_batch(core.cache, [Span(blocks, 0, [5, 7])]), [0, 1])
+    assert broken.greedy is not None
+    assert broken.greedy[1].isnan().all()
+    assert whole.greedy is not None
+    assert whole.greedy[1].isfinite().all()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, None])
+def test_drafts_in_a_row_are_those_of_one_by_one(depth: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tokens and acceptance whichever way, for nano and three sequences; with a depth that changes, too."""
+    torch.set_num_threads(2)
+    model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
+    found = []
+    for in_a_row in (True, False):
+        core = EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512))
+        calls = count_calls(monkeypatch)
+        if not in_a_row:
+            monkeypatch.setattr(speculative, "_is_plain", lambda *_: False)
+        plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
+        if depth is None:
+            monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
+        found.append(drive_all(core, depth))
+        assert bool(calls) == in_a_row
+        core.check_integrity()
+        monkeypatch.undo()
+    assert found[0] == found[1]
+    assert sum(sum(accepted) for _, accepted in found[0].values()) > 20
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    draft: Callable[..., object] = NativeNetwork.draft
+
+    def counting(self: NativeNetwork, *arguments: object) -> object:
+        calls.append(1)
+        return draft(self, *arguments)
+
+    monkeypatch.setattr(NativeNetwork, "draft", counting)
+    return calls
+
+
+def drive_all(core: EngineCore, depth: int | None) -> dict[str, tuple[list[int], tuple[int, ...]]]:
+    tokenizer = Tokenizer.from_pretrained(resolve_model("nano"))
+    found: dict[str, tuple[list[int], tuple[int, ...]]] = {}
+    for task in ("add", "sort", "weekday"):
+        prompt = tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0]))
+        sampling = SamplingParams(max_tokens=60, temperature=0.0, draft_depth=depth)
+        core.add(Request(request_id=task, prompt_token_ids=tuple(prompt), sampling=sampling))
+        found[task] = [], ()
+    while core.has_work:
+        for output in core.step():
+            tokens, accepted = found[output.request_id]
+            if output.finish_reason is not None and output.stats is not None:
+                accepted = tuple(output.stats.num_accepted_tokens)
+            found[output.request_id] = [*tokens, *output.token_ids], accepted
+    return found
