@@ -12,10 +12,10 @@ from typing import Any
 
 from stepflash.errors import ConfigError
 from stepflash.model import cost
-from stepflash.model.config import DTYPE_BYTES, ModelConfig
+from stepflash.model.config import DTYPE_BYTES, LayerConfig, ModelConfig
 from stepflash.tools.decode_cost import expected_tokens
 from stepflash.tools.hardware import Machine, show_bytes
-from stepflash.tools.weight_formats import FORMATS, WeightFormat, sizes, weight_bytes_read
+from stepflash.tools.weight_formats import FORMATS, WeightFormat, sizes, weight_bytes_read, without_mtp
 
 SPLITS = ("tensor", "expert", "layers")
 
@@ -101,10 +101,16 @@ class Plan:
 
 def kv_cache_bytes(config: ModelConfig, request: Request, context: int | None = None) -> int:
     """Keys and values of all streams: what grows with the context, and full windows of the sliding layers."""
-    width = DTYPE_BYTES[request.kv_dtype]
     tokens = request.context if context is None else context
-    growing = tokens * cost.kv_bytes_per_token(config, width)
-    return request.streams * (growing + cost.kv_bytes_per_sequence(config, width, mtp=request.with_mtp))
+    layers = config.layers if request.with_mtp else config.trunk_layers
+    positions = ((layer, tokens if layer.window is None else layer.window) for layer in layers)
+    return request.streams * sum(count * _position_bytes(layer, request) for layer, count in positions)
+
+
+def _position_bytes(layer: LayerConfig, request: Request) -> int:
+    """Keys and values of one position; int8 ones have a float32 scale for each head."""
+    scales = 2 * 4 * layer.num_kv_heads if request.kv_dtype == "int8" else 0
+    return cost.kv_bytes_per_position(layer, DTYPE_BYTES[request.kv_dtype]) + scales
 
 
 def splits(config: ModelConfig, fmt: WeightFormat, count: int) -> tuple[Split, ...]:
@@ -174,11 +180,12 @@ def _expert_obstacles(config: ModelConfig, count: int) -> list[str]:
 
 def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightFormat, request: Request) -> Plan:
     """One format on one machine: fit, limits, split and ceilings."""
+    if not request.with_mtp:
+        config = without_mtp(config)
     stored = sizes(config, fmt)
-    mtp_bytes = stored.mtp if request.with_mtp else 0.0
     split = _choose_split(config, fmt, machine.count, request.split)
     kv_share = _kv_share(config, split)
-    weights = (stored.trunk + mtp_bytes) / machine.count
+    weights = (stored.trunk + stored.mtp) / machine.count
     kv = kv_cache_bytes(config, request)
     available = machine.usable_bytes
     room = max(0.0, available - weights) / kv_share
@@ -196,7 +203,7 @@ def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightForm
         fits=limit is None,
         limit=limit,
         weight_bytes=stored.trunk,
-        mtp_bytes=mtp_bytes,
+        mtp_bytes=stored.mtp,
         kv_bytes=kv,
         device_bytes=weights + kv * kv_share,
         device_available_bytes=available,
@@ -272,10 +279,9 @@ def _ceilings(
         return ()
     # In a split by layers the devices take turns.
     working = 1 if split.kind == "layers" else machine.count
-    deepest = config.num_mtp_layers if request.with_mtp else 0
     return tuple(
         step_ceiling(config, fmt, request, depth, machine.bandwidth * working, machine.bf16_rate, working)
-        for depth in range(deepest + 1)
+        for depth in range(config.num_mtp_layers + 1)
     )
 
 
@@ -311,10 +317,9 @@ def step_ceiling(
 
 def kv_bytes_read(config: ModelConfig, request: Request, num_drafts: int) -> int:
     """Keys and values that a step reads: each layer's visible ones, once for all verified tokens of a stream."""
-    width = DTYPE_BYTES[request.kv_dtype]
     layers = (*config.trunk_layers, *config.mtp_layers[:num_drafts])
     return request.streams * sum(
-        cost.kv_bytes_per_position(layer, width) * min(request.context, layer.window or request.context)
+        _position_bytes(layer, request) * min(request.context, layer.window or request.context)
         for layer in layers
     )
 

@@ -15,7 +15,7 @@ from stepflash.tools.architectures import RELEASED_CONFIG
 from stepflash.tools.hardware import MACHINES, Machine, parse_quantity, show_bytes
 from stepflash.tools.plan import SPLITS, Plan, Request, plans, recommend, splits
 from stepflash.tools.serving_commands import commands
-from stepflash.tools.weight_formats import FORMATS, sizes
+from stepflash.tools.weight_formats import FORMATS, sizes, without_mtp
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
                     "machine": asdict(machine),
                     "plans": [plan.to_json() for plan in candidates],
                     "recommended": best.format if best else None,
-                    "commands": [asdict(c) for c in commands(best, machine, request, command_model)]
+                    "commands": [asdict(c) for c in commands(config, best, machine, request, command_model)]
                     if best
                     else [],
                 }
@@ -234,7 +234,7 @@ def _print_machine(
     if machine.count > 1:
         _print_splits(console, config, best)
     console.print(f"\nTo run it ({best.format})", style="bold")
-    for command in commands(best, machine, request, command_model):
+    for command in commands(config, best, machine, request, command_model):
         console.print(f"# {command.engine}: {command.note}", style="dim", markup=False, soft_wrap=True)
         console.print(command.line, markup=False, soft_wrap=True)
 
@@ -284,11 +284,12 @@ def _print_presets(
     answers: Sequence[tuple[Machine, list[Plan], Plan | None]],
     request: Request,
 ) -> None:
-    weights = _table("format", "weights", "modules", "note")
+    weights = _table("format", "weights", "with modules", "note")
     weights.columns[-1].justify, weights.columns[-1].no_wrap = "left", False
     for fmt in FORMATS.values():
         stored = sizes(config, fmt)
-        weights.add_row(fmt.name, show_bytes(stored.trunk), show_bytes(stored.mtp), fmt.note)
+        total = show_bytes(stored.trunk + stored.mtp)
+        weights.add_row(fmt.name, show_bytes(sizes(without_mtp(config), fmt).trunk), total, fmt.note)
     console.print(weights)
     console.print()
     table = _table("machine", "format", "split", "longest", "streams", "tok/s", "drafting")

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass
+from pathlib import PurePath
 
+from stepflash.errors import ConfigError
+from stepflash.model.config import ModelConfig
 from stepflash.tools.hardware import Machine
 from stepflash.tools.plan import Plan, Request
-from stepflash.tools.weight_formats import FORMATS
+from stepflash.tools.weight_formats import EDGE, FORMATS
 
 RELEASED = "stepfun-ai/Step-3.5-Flash"
 RELEASED_FP8 = "stepfun-ai/Step-3.5-Flash-FP8"
@@ -28,7 +31,9 @@ class Command:
     note: str
 
 
-def commands(plan: Plan, machine: Machine, request: Request, model: str | None = None) -> list[Command]:
+def commands(
+    config: ModelConfig, plan: Plan, machine: Machine, request: Request, model: str | None = None
+) -> list[Command]:
     """Commands for the engines of the plan's format; `model` replaces the released checkpoint's name."""
     engines = FORMATS[plan.format].engines
     found = []
@@ -38,8 +43,47 @@ def commands(plan: Plan, machine: Machine, request: Request, model: str | None =
         found.append(_llama_cpp(plan, request, model))
     # NOTE: stepflash runs one device, and its fast kernels are for x86-64 processors.
     if machine.kind == "cpu" or machine.count == 1:
-        found.append(_stepflash(plan, machine, request, model))
+        found.append(_stepflash(config, plan, machine, request, model))
     return found
+
+
+def engine_cache_bytes(config: ModelConfig, request: Request) -> int:
+    """The budget, to a MiB, with which stepflash's own cache holds all streams at full length.
+
+    More than the plan's keys and values: the engine cuts them into blocks, keeps windows for a step's prefill, and
+    gives a share of the rest to cached windows. So its own arithmetic is asked, by bisection.
+    """
+    import torch
+
+    from stepflash.engine.core import EngineConfig
+    from stepflash.engine.kv_cache import LOOKAHEAD_SLOTS, CacheLimits, plan_blocks
+
+    engine = EngineConfig(max_num_seqs=request.streams)
+    num_modules = config.num_mtp_layers if request.with_mtp else 0
+    limits = CacheLimits(
+        block_size=engine.block_size,
+        max_num_seqs=request.streams,
+        max_model_len=request.context,
+        max_batched_tokens=max(engine.max_num_batched_tokens, request.streams * (1 + num_modules)),
+        max_deferred_tokens=engine.max_deferred_tokens,
+        num_modules=num_modules,
+        dtype=torch.bfloat16 if request.kv_dtype == "bfloat16" else torch.int8,
+    )
+    wanted = request.streams * -(-(request.context + LOOKAHEAD_SLOTS) // engine.block_size)
+
+    def holds_all(budget: int) -> bool:
+        try:
+            return plan_blocks(config, limits, budget)[0] >= wanted
+        except ConfigError:
+            return False
+
+    low, high = 0, 1
+    while not holds_all(high << 20):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds_all(middle << 20) else (middle, high)
+    return high << 20
 
 
 def _checkpoint(plan: Plan, model: str | None) -> str:
@@ -96,26 +140,53 @@ def _sglang(plan: Plan, request: Request, model: str | None) -> Command:
 
 
 def _llama_cpp(plan: Plan, request: Request, model: str | None) -> Command:
-    words = ["llama-server", "-m", model or GGUF_FILE.get(plan.format, "MODEL.gguf")]
+    first, file = _gguf_file(plan, request, model)
+    words = ["llama-server", "-m", file]
     words += ["-c", str(request.context * request.streams), "-np", str(request.streams)]
     words += ["-b", "2048", "-ub", "2048", "-fa", "on", "--jinja"]
     if request.kv_dtype != "bfloat16":
         words += ["-ctk", "q8_0", "-ctv", "q8_0"]
-    note = f"{NOT_VERIFIED}; drafting needs a file with the prediction modules and a build that runs them"
-    return Command(engine="llama.cpp", line=shlex.join(words), note=note)
+    note = f"{NOT_VERIFIED}; it drafts only in builds that run the prediction modules"
+    return Command(engine="llama.cpp", line=first + shlex.join(words), note=note)
 
 
-def _stepflash(plan: Plan, machine: Machine, request: Request, model: str | None) -> Command:
-    name = model or (GGUF_FILE.get(plan.format) or _checkpoint(plan, model))
-    first = ""
-    if plan.format.startswith("int"):
-        packed = f"step-3.5-flash-{plan.format}"
-        first = shlex.join(["stepflash", "quantize", name, packed, "--format", plan.format]) + " && "
+def _gguf_file(plan: Plan, request: Request, model: str | None) -> tuple[str, str]:
+    """(a command that makes it, if need be; its name). The released files have no prediction modules."""
+    if model is not None and model.endswith(".gguf"):
+        return "", model
+    if model is None and not request.with_mtp:
+        return "", GGUF_FILE[plan.format]
+    source = model or RELEASED
+    file = f"{PurePath(source).name.lower()}-{plan.format}.gguf"
+    words = ["stepflash", "convert", source, file, "--to", "gguf", "--type", plan.format]
+    words += [] if request.with_mtp else ["--mtp", "drop"]
+    return shlex.join(words) + " && ", file
+
+
+def _stepflash(
+    config: ModelConfig, plan: Plan, machine: Machine, request: Request, model: str | None
+) -> Command:
+    first, name = "", _checkpoint(plan, model)
+    if plan.format in GGUF_FILE:
+        first, name = _gguf_file(plan, request, model)
+    elif plan.format.startswith("int"):
+        packed = f"{PurePath(name).name.lower()}-{plan.format}"
+        words = ["stepflash", "quantize", name, packed, "--format", plan.format, "--edge", EDGE]
+        first = shlex.join(words) + " && "
         name = packed
-    cache_gib = math.ceil(10 * plan.kv_bytes / 2**30) / 10
+    wanted = engine_cache_bytes(config, request)
+    room = machine.usable_bytes - plan.weight_bytes - plan.mtp_bytes
+    cache_gib = math.ceil(10 * wanted / 2**30) / 10 if wanted <= room else math.floor(10 * room / 2**30) / 10
     words = ["stepflash", "serve", name, "--max-num-seqs", str(request.streams)]
-    words += ["--kv-cache-gb", f"{cache_gib:g}"]
+    words += ["--max-model-len", str(request.context), "--kv-cache-gb", f"{cache_gib:g}"]
+    if request.kv_dtype != "bfloat16":
+        words += ["--kv-dtype", "int8"]
     note = "run here with small models only"
+    if wanted > room:
+        note += (
+            f"; its cache keeps a quarter for windows of cached prefixes: all {request.context:,} tokens would need "
+            f"{wanted / 2**30:.1f} GiB, so shorten the context or choose a smaller format"
+        )
     if machine.kind != "cpu":
         note += "; computes on the processor of this machine, the ceilings assume its full bandwidth"
     return Command(engine="stepflash", line=first + shlex.join(words), note=note)

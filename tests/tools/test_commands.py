@@ -40,9 +40,9 @@ def test_plan_of_a_128_gb_box(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run("plan", "--memory", "128GB", "--bandwidth", "273GB/s", capsys=capsys)
     assert status == 0
     assert "48 KiB a token + 66 MiB a sequence + 6 MiB" in out
-    assert re.search(r"^q4_k_s +112\.9 GB +114\.6 GB +yes +163,775 +4 +33\.4 +48\.2 \(3\)", out, re.M)
+    assert re.search(r"^q4_k_s +113\.0 GB +114\.7 GB +yes +160,222 +4 +32\.2 +47\.5 \(3\)", out, re.M)
     assert "bf16: refused, weights 398.8 GB > 121.0 GB usable of 128.0 GB" in out
-    assert "llama-server -m step3.5_flash_Q4_K_S.gguf -c 32768" in out
+    assert "llama-server -m step-3.5-flash-q4_k_s.gguf -c 32768" in out
 
 
 def test_released_names_need_no_network(
@@ -81,7 +81,7 @@ def test_plan_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert all(machine.name in out for machine in MACHINES.values())
     assert all(name in out for name in FORMATS)
-    assert "1x H100: refused even in int4-g128, weights 103.8 GB > 72.0 GB usable" in out
+    assert "1x H100: refused even in q4_k_s, weights 113.0 GB > 72.0 GB usable" in out
 
 
 def test_plan_that_fits_nowhere_names_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_plan_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer["recommended"] == "q4_k_s"
     plans = {plan["format"]: plan for plan in answer["plans"]}
     assert set(plans) == set(FORMATS)
-    assert plans["q4_k_s"]["kv_bytes"] == (12 * 2**30 + 72 * 2**20) // 2
+    assert plans["q4_k_s"]["kv_bytes"] == (12 * 2**30 + 72 * 2**20) * 132 // 256
     assert [ceiling["num_drafts"] for ceiling in plans["q4_k_s"]["ceilings"]] == [0, 1, 2, 3]
     assert plans["bf16"]["limit"]["quantity"] == "weights"
     assert "-ctk q8_0" in answer["commands"][0]["line"]

@@ -87,7 +87,7 @@ def test_doctor_text_says_why_the_full_model_does_not_fit(
     monkeypatch.setattr(measure, "measure_cpu", lambda: small)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "does not fit, even in int4-g128: weights 103.8 GB > 18.0 GB usable of 24.0 GB" in out
+    assert "does not fit, even in q4_k_s: weights 113.0 GB > 18.0 GB usable of 24.0 GB" in out
     assert "20.0 GB/s" in out
     assert "2.00 TFLOP/s" in out
     assert "not supported here" in out
