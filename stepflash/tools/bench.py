@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepflash.errors import ConfigError
-from stepflash.settings import DEFAULT_MODEL
+from stepflash.settings import DEFAULT_MODEL, KV_DTYPES
 
 if TYPE_CHECKING:
     from stepflash.engine.llm import LLM
     from stepflash.tools.bench_measure import Samples
 
-SHORT_CONTEXT = 16  # decode is measured after so many tokens, too
+DECODE_CONTEXTS = (16, 2048)
 DEPTHS: tuple[int | None, ...] = (0, 3, None)
 # What `mtp` asks a model with a chat template; random ids have no structure that a draft could catch.
 PROMPTS = (
@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", metavar="F", help="pack the weights: bf16, fp8, int8, int4, int4_g128, ..."
     )
     engine.add_argument("--threads", type=int, metavar="N", help="(torch's own choice)")
-    engine.add_argument("--context", type=int, default=2048, metavar="N", help="prompt tokens (%(default)s)")
+    engine.add_argument(
+        "--context", type=_numbers, metavar="N[,N...]", help="prompt tokens (16,2048; for prefill 2048)"
+    )
+    engine.add_argument("--kv-dtype", metavar="TYPE", help=f"of keys and values: {', '.join(KV_DTYPES)}")
     engine.add_argument("--streams", type=int, default=1, metavar="N", help="requests at once (%(default)s)")
     engine.add_argument("--tokens", type=int, default=128, metavar="N", help="to generate (%(default)s)")
     engine.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (%(default)s)")
@@ -63,9 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 if every request to a server failed."""
-    for name in ("context", "streams", "tokens", "runs"):
+    for name in ("streams", "tokens", "runs"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.context is None:
+        options.context = DECODE_CONTEXTS if options.subject == "decode" else DECODE_CONTEXTS[-1:]
+    if min(options.context) < 1:
+        raise ConfigError(f"--context must be at least 1, got {min(options.context)}")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {options.threads}")
     report = _serve(options) if options.subject == "serve" else _engine(options)
@@ -82,7 +89,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
 
     from stepflash.engine.llm import LLM
     from stepflash.kernels import build, ops
-    from stepflash.tools.bench_measure import peak_rss_bytes
+    from stepflash.tools.bench_measure import PeakMemory, weight_formats
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -91,42 +98,60 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(
         model,
         quantization=options.format,
+        kv_dtype=options.kv_dtype,
         max_num_seqs=options.streams,
-        max_model_len=None if is_mtp else max(options.context, SHORT_CONTEXT) + options.tokens + 1,
+        max_model_len=None if is_mtp else max(options.context) + options.tokens + 1,
         max_draft_depth=3 if is_mtp else 0,
         # Decode meets the same prompt in every run and need not read it again; prefill must.
         prefix_caching=options.subject == "decode",
     )
+    memory = PeakMemory()
+    memory.note()
     before = ops.measure_bandwidth()
+    memory.forget()  # the buffer of that measurement is not the engine's
     measured = SUBJECTS[options.subject](llm, options, before)
+    peak_rss_bytes = memory.note()
     return {
         "subject": options.subject,
         "model": model,
-        "format": options.format or f"{llm.model.model.embed_tokens.weight.dtype} unpacked",
+        "format": weight_formats(llm.model),
+        "kv_dtype": str(llm.core.cache.limits.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": llm.stats().kv_bytes_per_token,
+        "kv_window_bytes": llm.stats().kv_window_bytes,
         "threads": torch.get_num_threads(),
         "kernels": build.loaded_isa() or "reference",
         "bandwidth": before,
         "bandwidth_after": ops.measure_bandwidth(),
         **measured,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes,
     }
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "1024,32768" as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several like 1024,32768") from None
+
+
 def _decode(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """After a short prompt and after `--context` tokens, against the bytes that a step reads."""
+    """After each context, against the bytes that a step reads; `ratio` is to the shortest."""
     from stepflash.tools.bench_measure import decode_rates, step_bytes
 
+    contexts = sorted(set(options.context))
+    found = decode_rates(llm, contexts, options.tokens, options.streams, options.runs)
     rows = []
-    for context in sorted({SHORT_CONTEXT, options.context}):
-        rates = decode_rates(llm, context, options.tokens, options.streams, options.runs)
+    for context, rates in zip(contexts, found, strict=True):
         middle = context + options.tokens // 2
-        needed = step_bytes(llm.model, middle, options.streams, llm.core.cache.limits.dtype.itemsize)
+        needed = step_bytes(llm.model, middle, options.streams, llm.core.cache.limits.dtype)
         ceiling = bandwidth / needed.total * options.streams
         rows.append(
             {
                 "context": context,
                 "streams": options.streams,
                 **_rates(rates),
+                "ratio": rates.median / found[0].median,
                 "bytes_per_step": round(needed.total),
                 "bytes_per_token": round(needed.total / options.streams),
                 "kv_bytes_per_step": needed.kv,
@@ -139,24 +164,39 @@ def _decode(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str
 
 
 def _prefill(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """`--context` tokens in each of `--streams` prompts; compute-bound, so operations are counted."""
+    """Each context in each of `--streams` prompts; compute-bound, so operations are counted and compared."""
     from stepflash.model.cost import flops_per_token
-    from stepflash.tools.bench_measure import prefill_rates
+    from stepflash.tools.bench_measure import measure_gemm, prefill_rates, step_bytes
 
-    rates = prefill_rates(llm, options.context, options.streams, options.runs)
-    flops = flops_per_token(llm.model.config, options.context // 2)
-    row = {
-        "context": options.context,
-        "streams": options.streams,
-        **_rates(rates),
-        "flops_per_second": flops * rates.median,
-    }
-    return {"results": [row]}
+    gemm = measure_gemm()
+    rows = []
+    for context in sorted(set(options.context)):
+        rates = prefill_rates(llm, context, options.streams, options.runs)
+        flops = flops_per_token(llm.model.config, context // 2)
+        # A step reads the weights once for all its tokens.
+        chunk = min(llm.core.config.max_num_batched_tokens, context * options.streams)
+        read = step_bytes(llm.model, 1, chunk, llm.core.cache.limits.dtype).weights / chunk
+        rows.append(
+            {
+                "context": context,
+                "streams": options.streams,
+                **_rates(rates),
+                "bytes_per_token": round(read),
+                "fraction_of_ceiling": read * rates.median / bandwidth,
+                "flops_per_second": flops * rates.median,
+                "fraction_of_gemm": flops * rates.median / gemm,
+            }
+        )
+    return {"gemm_flops_per_second": gemm, "results": rows}
 
 
 def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """The same prompts without drafts, with three, and adapting; answers must not depend on it."""
-    from stepflash.tools.bench_measure import random_prompts, speculation_rates
+    from stepflash.tools.bench_measure import (
+        random_prompts,
+        speculation_bytes_per_token,
+        speculation_rates,
+    )
 
     if not llm.core.num_modules:
         raise ConfigError(f"{options.model or DEFAULT_MODEL} has no prediction modules; mtp needs them")
@@ -168,19 +208,27 @@ def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, A
             tokenizer.encode(template.render([{"role": "user", "content": text}]).text) for text in texts
         ]
     else:
-        prompts = random_prompts(llm.core.sampler.vocab_limit, SHORT_CONTEXT, len(PROMPTS))
+        prompts = random_prompts(llm.core.sampler.vocab_limit, DECODE_CONTEXTS[0], len(PROMPTS))
     found, is_identical = speculation_rates(llm, prompts, DEPTHS, options.tokens, options.runs)
     plain = found[0].rates.median
-    rows = [
-        {
-            "draft_depth": "adaptive" if one.draft_depth is None else one.draft_depth,
-            **_rates(one.rates),
-            "ratio": one.rates.median / plain,
-            "acceptance": list(one.acceptance),
-            "tokens_per_step": one.tokens_per_step,
-        }
-        for one in found
-    ]
+    middle = sum(map(len, prompts)) // len(prompts) + options.tokens // 2
+    kv_dtype = llm.core.cache.limits.dtype
+    rows = []
+    for one in found:
+        read = speculation_bytes_per_token(llm.model, one, middle, kv_dtype)
+        rows.append(
+            {
+                "draft_depth": "adaptive" if one.draft_depth is None else one.draft_depth,
+                **_rates(one.rates),
+                "ratio": one.rates.median / plain,
+                "acceptance": list(one.acceptance),
+                "tokens_per_step": one.tokens_per_step,
+                "steps_by_depth": list(one.steps),
+                "bytes_per_token": round(read),
+                "bytes_per_second": read * one.rates.median,
+                "fraction_of_ceiling": read * one.rates.median / bandwidth,
+            }
+        )
     return {"results": rows, "answers_identical": is_identical}
 
 
@@ -260,6 +308,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
         "bytes_per_second": ("GB/s", lambda value: f"{value / 1e9:.1f}"),
         "fraction_of_ceiling": ("of ceiling", "{:.2f}".format),
         "flops_per_second": ("GFLOP/s", lambda value: f"{value / 1e9:.0f}"),
+        "fraction_of_gemm": ("of GEMM", "{:.2f}".format),
     }
     return {title: show(row[key]) for key, (title, show) in shown.items() if key in row}
 

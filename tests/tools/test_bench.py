@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -17,7 +18,13 @@ from safetensors import safe_open
 from stepflash.cli import main
 from stepflash.engine.llm import LLM
 from stepflash.errors import ConfigError, StepflashError
-from stepflash.tools.bench_measure import decode_rates, prefill_rates, speculation_rates, step_bytes
+from stepflash.tools.bench_measure import (
+    PeakMemory,
+    decode_rates,
+    prefill_rates,
+    speculation_rates,
+    step_bytes,
+)
 from stepflash.tools.bench_serve import Answer, Load, percentiles, run_load, summarize
 
 MICRO = Path(__file__).parent.parent / "fixtures" / "micro"
@@ -58,17 +65,19 @@ def test_step_bytes_are_those_of_the_file(llm: LLM) -> None:
     # The panels of packed weights have 32 rows, and the head gates only 4 or 6: 28 and 26 rows are padding.
     padding = (2 * 28 + 6 * 26) * 128 * 2
     for streams in (1, 3):
-        found = step_bytes(llm.model, 10, streams, 2)
+        found = step_bytes(llm.model, 10, streams)
         assert found.weights == pytest.approx(read_by_hand(streams) + padding, rel=1e-6)
         # k and v of 2 KV heads of 32 in 8 layers, all 10 positions inside the window of 16
         assert found.kv == streams * 10 * 8 * 2 * 2 * 32 * 2
     # 40 positions: two full layers see all, six sliding ones 16
-    assert step_bytes(llm.model, 40, 1, 2).kv == (2 * 40 + 6 * 16) * 2 * 2 * 32 * 2
+    assert step_bytes(llm.model, 40, 1).kv == (2 * 40 + 6 * 16) * 2 * 2 * 32 * 2
+    # int8: a byte a value, and a float32 scale for each head's key and value
+    assert step_bytes(llm.model, 40, 1, torch.int8).kv == (2 * 40 + 6 * 16) * 2 * 2 * (32 + 4)
 
 
 def test_a_packed_format_reads_less(llm: LLM) -> None:
     packed = LLM(MICRO, quantization="int4")
-    assert step_bytes(packed.model, 10, 1, 2).weights < 0.5 * step_bytes(llm.model, 10, 1, 2).weights
+    assert step_bytes(packed.model, 10, 1).weights < 0.5 * step_bytes(llm.model, 10, 1).weights
 
 
 # Rates
@@ -76,9 +85,9 @@ def test_a_packed_format_reads_less(llm: LLM) -> None:
 
 def test_rates_are_tokens_over_time(llm: LLM) -> None:
     start = time.perf_counter()
-    decode = decode_rates(llm, context=16, num_generated=9, streams=2, runs=3)
+    decode, later = decode_rates(llm, contexts=(16, 40), num_generated=9, streams=2, runs=3)
     seconds = time.perf_counter() - start
-    assert len(decode.values) == 3
+    assert len(decode.values) == len(later.values) == 3
     # 3 runs of 2 streams with 8 counted tokens took no longer than everything together.
     assert sum(16 / value for value in decode.values) < seconds
     assert decode.median == sorted(decode.values)[1]
@@ -88,11 +97,11 @@ def test_prefill_refuses_a_prefix_cache(llm: LLM) -> None:
     assert prefill_rates(llm, 64, 1, 1).median > 0
     cached = LLM(MICRO)
     cached.generate([list(range(3, 67))], progress=False)
-    repeated = decode_rates(cached, 64, 4, 1, 2)
+    (repeated,) = decode_rates(cached, (64,), 4, 1, 2)
     assert len(repeated.values) == 2
     # Without one the same prompts are computed every time.
     before = llm.stats().num_computed_prompt_tokens
-    decode_rates(llm, 64, 4, 1, 2)
+    decode_rates(llm, (64,), 4, 1, 2)
     assert llm.stats().num_computed_prompt_tokens - before == 3 * 64
 
 
@@ -115,12 +124,18 @@ def test_speculation_counts_what_was_accepted(llm: LLM) -> None:
 
 
 def test_decode_reports_the_fraction_of_the_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--format", "int8", "--context", "40", "--tokens", "6", "--runs", "2", "--threads", "1")
+    arguments = ("--format", "int8", "--context", "40,16", "--tokens", "6", "--runs", "2", "--threads", "1")
     report = bench(capsys, "decode", str(MICRO), *arguments)
     assert [row["context"] for row in report["results"]] == [16, 40]
     for row in report["results"]:
         assert row["fraction_of_ceiling"] == pytest.approx(row["bytes_per_second"] / report["bandwidth"])
+        assert row["ratio"] == row["tokens_per_second"] / report["results"][0]["tokens_per_second"]
         assert len(row["samples"]) == 2
+    assert report["format"] == "int8_g128 100%" or report["format"].startswith("int8")
+    assert report["kv_dtype"] == "bfloat16"
+    assert (
+        report["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 2
+    )  # two full layers, two heads of 32, key and value
     assert report["threads"] == 1
     assert 1e8 < report["bandwidth"] < 1e13
     assert report["peak_rss_bytes"] > 100e6
@@ -131,12 +146,66 @@ def test_mtp_alternates_depths(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["draft_depth"] for row in report["results"]] == [0, 3, "adaptive"]
     assert report["answers_identical"]
     assert report["results"][0]["ratio"] == 1
+    plain, deep, _ = report["results"]
+    assert plain["steps_by_depth"][1:] == [0, 0, 0]
+    assert len(deep["acceptance"]) == 3
+    model = LLM(MICRO).model
+    low, high = (step_bytes(model, context, 1).total for context in (1, 200))
+    assert low < plain["bytes_per_token"] < high
+    # Random modules: three are read for hardly more than one token.
+    assert deep["bytes_per_token"] > low
+    for row in report["results"]:
+        assert row["fraction_of_ceiling"] == pytest.approx(row["bytes_per_second"] / report["bandwidth"])
+
+
+def test_a_step_with_drafts_reads_its_modules_and_more_experts(llm: LLM) -> None:
+    plain, deep = step_bytes(llm.model, 10, 1), step_bytes(llm.model, 10, 1, num_drafts=2)
+    config = llm.model.config
+    modules = sum(
+        tensor.nbytes
+        for name, tensor in [*llm.model.named_parameters(), *llm.model.named_buffers()]
+        if name.startswith((f"model.layers.{config.num_layers}.", f"model.layers.{config.num_layers + 1}."))
+    )
+    experts = sum(t.nbytes for n, t in llm.model.named_buffers() if ".feed_forward.experts." in n)
+    # One token meets 2 of 8 experts; three meet 1 - (3/4)^3 of them. Rows of the embedding: 3 for the trunk, 2.
+    more = modules + experts * ((1 - 0.75**3) - 0.25) + 4 * 128 * 2
+    assert deep.weights == pytest.approx(plain.weights + more)
+    assert deep.kv == plain.kv * 10 // 8  # ten layers now, all inside the window
+
+
+def test_prefill_compares_with_a_matrix_product(capsys: pytest.CaptureFixture[str]) -> None:
+    report = bench(capsys, "prefill", str(MICRO), "--context", "20,64", "--runs", "1", "--kv-dtype", "int8")
+    assert report["kv_dtype"] == "int8"
+    assert [row["context"] for row in report["results"]] == [20, 64]
+    for row in report["results"]:
+        flops = row["fraction_of_gemm"] * report["gemm_flops_per_second"]
+        assert flops == pytest.approx(row["flops_per_second"])
+        assert row["fraction_of_ceiling"] == pytest.approx(
+            row["bytes_per_token"] * row["tokens_per_second"] / report["bandwidth"], rel=1e-3
+        )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak that can be reset")
+def test_memory_that_is_not_to_count_is_forgotten() -> None:
+    memory = PeakMemory()
+    memory.forget()  # the tests before this one
+    before = memory.note()
+    waste = np.ones(1 << 28, dtype=np.uint8)
+    del waste
+    memory.forget()
+    assert memory.note() < before + (1 << 27)
+    held = np.ones(1 << 28, dtype=np.uint8)
+    assert memory.note() > before + (1 << 27)
+    del held
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("decode", "--runs", "0"), "--runs must be at least 1"),
+        (("decode", "--context", "0"), "--context must be at least 1"),
+        (("decode", "--context", "1k"), "'1k' is not a number, or several like 1024,32768"),
+        (("decode", str(MICRO), "--kv-dtype", "fp8"), "kv_dtype is 'fp8'"),
         (("decode", str(MICRO), "--format", "int5"), "unknown weight format 'int5'"),
         (("serve", "--rate", "-1"), "rate must be above 0"),
         (("serve", "--base-url", "http://127.0.0.1:9/v1"), "no list of models there"),
