@@ -31,10 +31,10 @@ DESCRIBED = {"bash": {"description": "Write the file"}, "Bash": {"description": 
 
 
 def task(folder: str) -> str:
-    """What to ask an agent for; `done` says whether it did it. `folder` is absolute and has no spaces."""
+    """What to ask an agent for. `folder` is absolute and has no spaces."""
     return (
-        f"Read the file {folder}/in.txt. It says which number it holds. Write that number plus one, and nothing else, "
-        f"into the file {folder}/out.txt. Then say which number you wrote."
+        f"Read the file {folder}/in.txt. It says which number it holds. Write that number plus one, and nothing "
+        f"else, into the file {folder}/out.txt. Then say which number you wrote."
     )
 
 
@@ -96,8 +96,6 @@ def _shell(command: str, tools: set[str]) -> tuple[str, Mapping[str, Any]]:
 
 def _say(thought: str, text: str, call: tuple[str, Mapping[str, Any]]) -> str:
     name, arguments = call
-    parameters = "".join(
-        f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items()
-    )
+    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     tags = f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
     return f"{thought}\n</think>\n{text}\n{tags}{END}"

@@ -13,7 +13,7 @@ import copy
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from stepflash.assistant.budget import thinking_budget
 from stepflash.assistant.reader import AnswerReader, Prompt
@@ -21,7 +21,7 @@ from stepflash.assistant.stream import StreamItem
 from stepflash.chat.messages import Conversation, Tool
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine.request import Output, Request, SamplingParams
+from stepflash.engine.request import CacheLookup, Output, Request, SamplingParams
 from stepflash.errors import EngineError, PromptTooLong, RequestError
 
 NO_THINKING = "\n</think>\n"  # as `prefill`: an empty thought
@@ -35,6 +35,13 @@ class EngineClient(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> Any: ...
+
+
+@runtime_checkable
+class LooksUp(Protocol):
+    """An engine that can say what its cache holds of a prompt; a remote one cannot."""
+
+    def lookup(self, request: Request) -> CacheLookup | None: ...
 
 
 class Session:
@@ -126,6 +133,10 @@ class Session:
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         return Prompt(request=self._request(token_ids, sampling, ()), parse=False, in_reasoning=False)
+
+    def lookup(self, prompt: Prompt) -> CacheLookup | None:
+        """What the prefix cache has of a prompt now; None where that is not known."""
+        return self.engine.lookup(prompt.request) if isinstance(self.engine, LooksUp) else None
 
     def chat(self, conversation: Conversation, sampling: SamplingParams) -> AsyncGenerator[StreamItem]:
         """Answer a conversation; `answer(prepare(...))`."""

@@ -28,11 +28,13 @@ _BILLING_HEADER = re.compile(r"\s*x-anthropic-billing-header:(?:[ \t]*[\w.-]+=[^
 # A line whose label says that it is the present moment, up to the time of day.
 _CLOCK_LINE = re.compile(
     r"^(?P<kept>[^\n:]{0,40}?\b(?:current|now|today|local|utc)\b[^\n:]{0,40}?(?::|\bis\b)[^\n]*?)"
-    r"(?:[ T,]|\bat\b)+\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp]\.?[Mm]\b\.?)?"
+    r"(?:[ T,]|\bat\b)+\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp](?:\.[Mm]\.|[Mm]\b))?"
     r"(?: ?(?:Z|[+-]\d{2}:?\d{2}|UTC|GMT)\b(?:[+-]\d{1,2})?)?",
     re.MULTILINE | re.IGNORECASE,
 )
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|\b\d{1,2},? \d{4}\b|\b[A-Z][a-z]{2} \d{1,2}\b")
+_DATE = re.compile(
+    r"\d{4}-\d{2}-\d{2}|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|\b\d{1,2},? \d{4}\b|\b[A-Z][a-z]{2} \d{1,2}\b"
+)
 _MARKS = frozenset({"cache_control"})
 # In this order, then what is left by name.
 _TOOL_KEYS = ("type", "function")
@@ -41,7 +43,9 @@ _SCHEMA_KEYS = ("$schema", "type", "description", "enum", "properties", "require
 # Where schemas stand inside a schema: by name, in a list, or one alone.
 _NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _LISTED_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
-_ONE_SCHEMA = frozenset({"items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"})
+_ONE_SCHEMA = frozenset(
+    {"items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"}
+)
 _MAX_DEPTH = 64  # deeper schemas stay as they are
 
 
@@ -90,7 +94,7 @@ def _function(function: Mapping[str, Any]) -> dict[str, Any]:
 
 def _schema(schema: Any, depth: int) -> Any:
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
-        return schema
+        return _plain(schema, depth)
     ordered = _ordered(schema, _SCHEMA_KEYS)
     required = schema.get("required")
     first = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
@@ -102,7 +106,18 @@ def _schema(schema: Any, depth: int) -> Any:
             ordered[name] = [_schema(inner, depth + 1) for inner in value]
         elif name in _ONE_SCHEMA:
             ordered[name] = _schema(value, depth + 1)
+        else:
+            ordered[name] = _plain(value, depth + 1)
     return ordered
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Any other JSON: a default, an example."""
+    if depth > _MAX_DEPTH:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _plain(value[name], depth + 1) for name in sorted(value)}
+    return [_plain(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
 def _ordered(

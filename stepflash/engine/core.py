@@ -21,7 +21,14 @@ import torch
 from stepflash.engine import disk
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
-from stepflash.engine.request import FinishReason, Output, Request, RequestStats
+from stepflash.engine.request import (
+    CacheLookup,
+    FinishReason,
+    Output,
+    Request,
+    RequestStats,
+    SamplingParams,
+)
 from stepflash.engine.runner import Runner, TrunkResult
 from stepflash.engine.sampler import Sampler
 from stepflash.engine.scheduler import Scheduled, Scheduler
@@ -204,6 +211,12 @@ class EngineCore:
                 f"{num_waiting} requests are waiting already", self._mean_seconds * num_waiting / self._slots
             )
 
+    def lookup(self, request: Request) -> CacheLookup | None:
+        """What the prefix cache has of a request's prompt now; None without one. Any thread may ask."""
+        if self.prefix is None:
+            return None
+        return self.prefix.peek(request.prompt_token_ids, self._modules_of(request.sampling))
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -213,8 +226,6 @@ class EngineCore:
         self.check(request)
         prompt, sampling = request.prompt_token_ids, request.sampling
         room = self.cache.capacity_tokens - len(prompt)
-        depth = self.num_modules if sampling.draft_depth is None else sampling.draft_depth
-        num_modules = min(depth, self.num_modules)
         stop_ids = frozenset(sampling.stop_token_ids)
         seq = Sequence(
             request=request,
@@ -222,7 +233,7 @@ class EngineCore:
             constraint=request.constraint,
             stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            num_modules=num_modules,
+            num_modules=self._modules_of(sampling),
             arrival=self._num_arrivals,
             submitted_at=time.perf_counter(),
             token_ids=list(prompt),
@@ -233,6 +244,10 @@ class EngineCore:
         self._counters["prompt"] += len(prompt)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
+
+    def _modules_of(self, sampling: SamplingParams) -> int:
+        depth = self.num_modules if sampling.draft_depth is None else sampling.draft_depth
+        return min(depth, self.num_modules)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; its blocks are free when this returns. None if it is not running."""

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from stepflash.engine.core import EngineCore, EngineStats
-from stepflash.engine.request import Output, Request
+from stepflash.engine.request import CacheLookup, Output, Request
 from stepflash.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
+
+    def lookup(self, request: Request) -> CacheLookup | None:
+        """What the prefix cache has of a request's prompt now; does not wait for the engine."""
+        return self._core.lookup(request)
 
     def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
         """Run a function on the engine thread between two steps."""

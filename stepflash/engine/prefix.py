@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stepflash.engine.kv_cache import FULL, SLIDING, KVCache
+from stepflash.engine.request import CacheLookup
 
 # Evicting takes a walk over old nodes, so it frees a few blocks more than asked for.
 EVICTION_SLACK = 32
@@ -94,6 +95,21 @@ class PrefixCache:
             num_tokens, [node.block_id for node in path[: best.depth if best else 0]], snapshot, miss
         )
 
+    def peek(self, token_ids: Sequence[int], num_modules: int) -> CacheLookup:
+        """What `match` would find. Changes nothing and iterates over nothing that may change, so any thread may
+        ask; the engine goes on meanwhile, so the answer is a good guess."""
+        roots = self._roots.copy()
+        path = self._follow(roots.pop(num_modules, None), token_ids)
+        usable = (len(token_ids) - 1) // self._size
+        depth = max((node.depth for node in path[:usable] if node.snapshot is not None), default=0)
+        others = max((len(self._follow(root, token_ids)) for root in roots.values()), default=0)
+        return CacheLookup(
+            num_cached_tokens=depth * self._size,
+            num_known_tokens=len(path) * self._size,
+            num_other_tokens=others * self._size,
+            block_size=self._size,
+        )
+
     def insert(self, token_ids: Sequence[int], full: Sequence[int], num_modules: int) -> Node:
         """Remember the full blocks of the first len(full) * block_size tokens; the deepest node."""
         node = self._root(num_modules)
@@ -161,16 +177,19 @@ class PrefixCache:
 
     def _walk(self, token_ids: Sequence[int], num_modules: int) -> tuple[list[Node], tuple[int, ...]]:
         """The nodes that match, and the first block of tokens that does not."""
-        node = self._root(num_modules)
+        path = self._follow(self._root(num_modules), token_ids)
+        start = len(path) * self._size
+        return path, tuple(token_ids[start : start + self._size])
+
+    def _follow(self, node: Node | None, token_ids: Sequence[int]) -> list[Node]:
+        """The nodes below a root that match."""
         path: list[Node] = []
         for start in range(0, len(token_ids), self._size):
-            key = tuple(token_ids[start : start + self._size])
-            child = node.children.get(key)
-            if child is None:
-                return path, key
-            path.append(child)
-            node = child
-        return path, ()
+            node = node.children.get(tuple(token_ids[start : start + self._size])) if node else None
+            if node is None:
+                break
+            path.append(node)
+        return path
 
     def _touch(self, path: Sequence[Node]) -> None:
         """Mark a path as used, deepest node first, so that leaves go before what they hang on."""

@@ -115,6 +115,21 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLookup:
+    """What the prefix cache holds of a prompt, in tokens.
+
+    A request could start behind `num_cached_tokens`. `num_known_tokens` are there in whole blocks of `block_size`,
+    perhaps without the window that continuing needs; `num_other_tokens` are there only for requests of another
+    draft depth.
+    """
+
+    num_cached_tokens: int
+    num_known_tokens: int
+    num_other_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
     """Log-probability of a generated token, and the best alternatives as (token id, logprob)."""
 

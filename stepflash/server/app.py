@@ -20,6 +20,7 @@ from stepflash.assistant.session import Session
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import EngineError, StepflashError
 from stepflash.server.anthropic_routes import AnthropicRoutes
+from stepflash.server.cache_routes import CacheRoutes
 from stepflash.server.errors_by_path import error_response, message_response
 from stepflash.server.keys import KeyGuard
 from stepflash.server.limits import ClientLimits
@@ -63,12 +64,19 @@ def create_app(
     ResponsesRoutes(service).add_to(app)
     AnthropicRoutes(service).add_to(app)
     PromptRoutes(service).add_to(app)
+    CacheRoutes(service).add_to(app)
     _Operations(service).add_to(app)
     describe_bodies(app)
     app.add_middleware(ClientLimits, settings=settings)
     app.add_middleware(KeyGuard, keys=settings.api_keys)
     app.add_middleware(OriginGuard, origins=settings.cors_origins)
-    closed = (service.open_answers.give_back, service.metrics.count, log_request, *on_closed)
+    closed = (
+        service.open_answers.give_back,
+        service.close_reports,
+        service.metrics.count,
+        log_request,
+        *on_closed,
+    )
     app.add_middleware(RequestRecords, closed=closed)
     return app
 

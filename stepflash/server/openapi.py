@@ -26,6 +26,7 @@ BODIES: dict[str, type[Body]] = {
     "/tokenize": PromptBody,
     "/apply-template": PromptBody,
     "/detokenize": TokensBody,
+    "/cache/explain": PromptBody,
 }
 ERRORS = {
     "400": "the request is wrong; the body names the field",

@@ -79,14 +79,21 @@ class PromptRoutes:
 
     def _text(self, body: PromptBody) -> str:
         """The prompt of a conversation, as the chat route renders it."""
-        if not body.messages:
-            raise RequestError("messages must hold at least one message", param="messages")
-        conversation = self.service.canonical(
-            Conversation(
-                messages=messages_from_openai(body.messages), tools=tools_from_openai(body.tools or ())
-            )
-        )
+        conversation = conversation_of(body, self.service)
         rendered = self.session.template.render(
             conversation.messages, tools=conversation.tools, variables=body.chat_template_kwargs
         )
         return rendered.text
+
+
+def conversation_of(body: PromptBody, service: Service) -> Conversation:
+    """The conversation of a body, as the chat route has it.
+
+    Raises:
+        RequestError: it has no messages, or wrong ones.
+    """
+    if not body.messages:
+        raise RequestError("messages must hold at least one message", param="messages")
+    return service.canonical(
+        Conversation(messages=messages_from_openai(body.messages), tools=tools_from_openai(body.tools or ()))
+    )

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepflash.assistant.stream import Usage, total_usage
+from stepflash.server.cache_ledger import CacheReport, cache_headers
 from stepflash.server.errors_by_path import message_response
 
 CLIENT_GONE = 499  # what is counted when the client leaves
@@ -60,6 +61,7 @@ class RequestRecord:
     num_open_answers: int = 0
     answers: list[AnswerRecord] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    cache_reports: list[CacheReport] = field(default_factory=list)
 
     @property
     def usage(self) -> Usage:
@@ -96,6 +98,7 @@ class RequestRecords:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["request-id"] = headers["x-request-id"] = record.request_id
+                headers.update(cache_headers(record.cache_reports))
             await send(message)
 
         try:

@@ -24,10 +24,11 @@ from stepflash.chat.canonical import canonical
 from stepflash.chat.messages import Conversation, Finish
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import EngineError, RequestError, StepflashError
+from stepflash.server.cache_ledger import CacheLedger, CacheReport
 from stepflash.server.health import HealthCheck
 from stepflash.server.limits import OpenAnswers
 from stepflash.server.metrics import Metrics
-from stepflash.server.request_records import CLIENT_GONE, AnswerRecord, current_record, log
+from stepflash.server.request_records import CLIENT_GONE, AnswerRecord, RequestRecord, current_record, log
 from stepflash.server.sse import COMMENTS, ClientGone, EventStream, KeepAlive, unless_disconnected
 from stepflash.settings import ServerSettings
 
@@ -48,6 +49,7 @@ class Service:
         self.defaults = defaults
         self.metrics = Metrics(session.engine.stats)
         self.health = HealthCheck(session)
+        self.cache_ledger = CacheLedger()
         self.open_answers = OpenAnswers(settings.max_open_answers)
         self.created = int(time.time())
 
@@ -104,7 +106,27 @@ class Service:
         streams = [self.session.answer(self._limited(prompt)) for prompt in prompts]
         answers = [AnswerRecord() for _ in streams]
         record.answers += answers
-        return [self._measured(*pair) for pair in zip(streams, answers, strict=True)]
+        reports = self._cache_reports(record, prompts)
+        # Choices of one prompt are one prompt to whoever asks what was reused.
+        of_prompt = {
+            id(prompt.request.prompt_token_ids): report
+            for prompt, report in zip(prompts, reports, strict=True)
+        }
+        record.cache_reports += of_prompt.values()
+        return [self._measured(*each) for each in zip(streams, answers, reports, strict=True)]
+
+    def _cache_reports(self, record: RequestRecord, prompts: Sequence[Prompt]) -> list[CacheReport]:
+        return [
+            self.cache_ledger.open(
+                record.request_id, record.client, prompt.request.prompt_token_ids, self.session.lookup(prompt)
+            )
+            for prompt in prompts
+        ]
+
+    def close_reports(self, record: RequestRecord) -> None:
+        """For a request that has ended, even if its answers were never begun."""
+        for report in record.cache_reports:
+            self.cache_ledger.close(report)
 
     def _limited(self, prompt: Prompt) -> Prompt:
         limit, sampling = self.settings.max_output_tokens, prompt.request.sampling
@@ -113,7 +135,7 @@ class Service:
         return replace(prompt, request=replace(prompt.request, sampling=replace(sampling, max_tokens=limit)))
 
     async def _measured(
-        self, stream: AsyncGenerator[StreamItem], answer: AnswerRecord
+        self, stream: AsyncGenerator[StreamItem], answer: AnswerRecord, report: CacheReport
     ) -> AsyncGenerator[StreamItem]:
         """The stream, with its times and tokens noted however it ends."""
         started = last_at = time.monotonic()
@@ -124,6 +146,8 @@ class Service:
                     if isinstance(item, Progress):
                         now, before = time.monotonic(), answer.usage.completion_tokens
                         answer.usage = item.usage
+                        report.num_cached_tokens = item.usage.cached_tokens
+                        report.answer_ids += item.token_ids
                         num_tokens = item.usage.completion_tokens - before
                         if answer.first_token_seconds is None:
                             answer.first_token_seconds = now - started
@@ -139,6 +163,7 @@ class Service:
             raise
         finally:
             self.metrics.running_answers.dec()
+            self.cache_ledger.close(report)
             answer.seconds = time.monotonic() - started
 
     async def unless_gone(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
