@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepflash.chat.canonical import canonical_tools
 from stepflash.chat.messages import Message, Tool, ToolCall
 from stepflash.chat.openai_messages import tools_from_openai
 from stepflash.errors import BadSchema, RequestError
@@ -166,7 +167,7 @@ def _result_text(block: Mapping[str, Any], path: str, tools: OfferedTools) -> st
 
 def _definitions(names: Sequence[str], tools: OfferedTools) -> str:
     """Tools that were found, shown as in the head of the prompt."""
-    by_name = {tool.name: tool for tool in tools.all}
+    by_name = {tool.name: tool for tool in canonical_tools(tools.all)}
     lines = [
         json.dumps(dict(by_name[name].definition), ensure_ascii=False) for name in names if name in by_name
     ]
