@@ -13,24 +13,35 @@ const EXAMPLES = [
   "Sort these words: pear, apple, fig, cherry",
   "How many days are there from 3 March to 20 April?",
 ];
-const DEFAULTS = { system: "", temperature: "", maxTokens: "", thinking: true, tools: false, theme: "" };
+const DEFAULTS = {
+  system: "",
+  effort: "",
+  thinkingBudget: "",
+  temperature: "",
+  maxTokens: "",
+  draftDepth: "",
+  key: "",
+  tools: false,
+  theme: "",
+};
 
-const settings = { ...DEFAULTS, ...load("stepflash-settings") };
+// A key lasts as long as the tab; everything else is remembered.
+const settings = { ...DEFAULTS, ...load("stepflash-settings"), key: load("stepflash-key", sessionStorage) ?? "" };
 let conversation = load("stepflash-conversation") ?? [];
 let model = { id: "", max_model_len: 0 };
 let running = null; // AbortController of the answer under way
 
-function load(key) {
+function load(key, storage = localStorage) {
   try {
-    return JSON.parse(localStorage.getItem(key));
+    return JSON.parse(storage.getItem(key));
   } catch {
     return null;
   }
 }
 
-function save(key, value) {
+function save(key, value, storage = localStorage) {
   try {
-    localStorage.setItem(key, JSON.stringify(value));
+    storage.setItem(key, JSON.stringify(value));
   } catch {
     // Private windows and full disks: the page works, it only forgets.
   }
@@ -49,7 +60,10 @@ function element(name, className, ...children) {
 class AnswerView {
   constructor() {
     this.node = element("article", "answer");
+    this.node.ariaLabel = "Answer";
     this.thought = this.body = null;
+    this.shown = ""; // the text that `body` was made of
+    this.isFolded = false;
     this.calls = [];
     this.footer = this.node.appendChild(element("div", "foot"));
     $("messages").append(this.node);
@@ -57,46 +71,94 @@ class AnswerView {
 
   update(message) {
     if (message.reasoning_content && !this.thought) {
-      this.thought = element("details", "thought", element("summary", "", "Thinking"), element("div"));
+      this.thought = element("details", "thought", element("summary", "", "Thinking\u2026"), element("div"));
       this.thought.open = true;
       this.footer.before(this.thought);
     }
     if (this.thought) this.thought.lastChild.textContent = message.reasoning_content;
-    if (message.content) {
+    if (message.content.trim()) {
       if (!this.body) {
-        this.fold();
+        this.fold(message);
         this.body = element("div", "text");
         this.footer.before(this.body);
       }
-      this.body.replaceChildren(...markdown(message.content));
+      if (this.shown !== message.content) this.body.replaceChildren(...markdown(message.content));
+      this.shown = message.content;
     }
     for (const [index, call] of (message.tool_calls ?? []).entries()) {
       if (!this.calls[index]) {
-        this.fold();
-        this.calls[index] = element("details", "call", element("summary"), element("pre"));
+        this.fold(message);
+        const summary = element("summary", "", call.function.name, element("span"));
+        this.calls[index] = element("details", "call", summary, element("pre"));
         this.footer.before(this.calls[index]);
       }
       const [summary, pre] = this.calls[index].children;
-      summary.textContent = call.function.name;
-      pre.textContent = call.function.arguments;
+      summary.lastChild.textContent = ` ${shortened(call.function.arguments)}`;
+      pre.textContent = indented(call.function.arguments);
     }
   }
 
   result(index, text) {
     const call = this.calls[index];
-    call.append(element("pre", "result", `= ${text}`));
-    call.open = true;
+    if (!call) return;
+    call.append(element("pre", "result", text));
+    call.firstChild.lastChild.textContent += ` \u2192 ${shortened(text)}`;
   }
 
-  fold() {
-    if (!this.thought) return;
+  /** The thought is over: out of the way, but there. */
+  fold(message) {
+    if (!this.thought || this.isFolded) return;
+    this.isFolded = true;
     this.thought.open = false;
-    this.thought.firstChild.textContent = "Thought";
+    const words = message.reasoning_content.trim().split(/\s+/).length;
+    this.thought.firstChild.textContent = `Thought, ${words} word${words === 1 ? "" : "s"}`;
+  }
+
+  /** Buttons that copy code, once it is complete. */
+  offerCopies() {
+    for (const box of this.node.querySelectorAll(".code")) {
+      if (!box.querySelector("button")) box.append(copyButton(() => box.querySelector("code").textContent));
+    }
   }
 
   foot(...children) {
     this.footer.replaceChildren(...children);
   }
+}
+
+const SHORT = 60;
+const shortened = (text) => {
+  const line = text.replaceAll(/\s+/g, " ");
+  return line.length > SHORT ? `${line.slice(0, SHORT)}\u2026` : line;
+};
+
+/** Arguments as they are read best; unfinished ones as they are. */
+function indented(json) {
+  try {
+    return JSON.stringify(JSON.parse(json), null, 2);
+  } catch {
+    return json;
+  }
+}
+
+function copyButton(text) {
+  const button = element("button", "", "Copy");
+  button.type = "button";
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "Not allowed here"; // browsers give the clipboard to https and localhost alone
+    }
+    setTimeout(() => (button.textContent = "Copy"), 1500);
+  };
+  return button;
+}
+
+/** Tell a screen reader; what is drawn is not read aloud while it streams. */
+function say(text) {
+  $("status").textContent = text;
 }
 
 function drawUser(text) {
@@ -114,9 +176,11 @@ function draw() {
       view = new AnswerView();
       view.numResults = 0;
       view.update(message);
-      view.fold();
+      view.fold(message);
+      view.offerCopies();
     }
   }
+  if (view) offerAgain(view);
   $("messages").scrollTop = $("messages").scrollHeight;
 }
 
@@ -132,21 +196,26 @@ function drawContext(usage) {
   if (!usage || !model.max_model_len) return;
   const [meter, label] = $("context").children;
   meter.value = usage.total_tokens / model.max_model_len;
-  label.textContent = `${usage.total_tokens.toLocaleString()} of ${model.max_model_len.toLocaleString()}`;
+  const of = element("span", "of", ` of ${model.max_model_len.toLocaleString()}`);
+  label.replaceChildren(usage.total_tokens.toLocaleString(), of, " tokens");
+  $("context").title = "Context used";
   $("context").hidden = false;
 }
 
+/** What an answer cost so far, in the words of its footer. */
 function speed(usage, firstAt) {
   const details = usage.completion_tokens_details;
-  const parts = [`${usage.completion_tokens} tokens`];
+  const parts = [`${usage.completion_tokens.toLocaleString()} tokens`];
   const seconds = (performance.now() - firstAt) / 1000;
-  if (seconds > 0.05) parts.push(`${(usage.completion_tokens / seconds).toFixed(1)} tok/s`);
-  if (details.drafted_tokens && details.num_steps) {
-    parts.push(`${(details.accepted_draft_tokens / details.num_steps).toFixed(2)} drafts accepted a step`);
+  // The first token's time is that of the prompt.
+  if (seconds > 0.05) parts.push(`${((usage.completion_tokens - 1) / seconds).toFixed(1)} tok/s`);
+  if (details.drafted_tokens) {
+    const percent = Math.round((100 * details.accepted_draft_tokens) / details.drafted_tokens);
+    parts.push(`${details.accepted_draft_tokens.toLocaleString()} drafts accepted (${percent} %)`);
   }
   const cached = usage.prompt_tokens_details.cached_tokens;
-  if (cached) parts.push(`${cached} of ${usage.prompt_tokens} prompt tokens cached`);
-  return parts.join(" \u00b7 ");
+  if (cached) parts.push(`${cached.toLocaleString()} of ${usage.prompt_tokens.toLocaleString()} prompt tokens cached`);
+  return parts.map((part) => element("span", "", part));
 }
 
 // ---- talking to the server
@@ -161,9 +230,25 @@ function requestBody() {
   };
   if (settings.temperature !== "") body.temperature = Number(settings.temperature);
   if (settings.maxTokens !== "") body.max_tokens = Number(settings.maxTokens);
-  if (!settings.thinking) body.reasoning_effort = "none";
+  if (settings.draftDepth !== "") body.draft_depth = Number(settings.draftDepth);
+  if (settings.effort) body.reasoning_effort = settings.effort;
+  if (settings.thinkingBudget !== "" && settings.effort !== "none") body.thinking_budget = Number(settings.thinkingBudget);
   if (settings.tools) body.tools = tools.definitions;
   return body;
+}
+
+/** Headers of every request; without a key the browser's own login for this page counts. */
+function headers() {
+  return { "content-type": "application/json", ...(settings.key && { authorization: `Bearer ${settings.key}` }) };
+}
+
+/** What went wrong, in the server's words if it has any. */
+async function problemOf(response) {
+  try {
+    return new Error((await response.json()).error.message);
+  } catch {
+    return new Error(`the server answered with status ${response.status}`);
+  }
 }
 
 /** The data frames of a streamed reply. */
@@ -206,14 +291,22 @@ async function answer(signal) {
   let firstAt = performance.now();
   let reason = null;
   let usage = null;
+  const show = () =>
+    following(() => {
+      view.update(message);
+      if (usage) view.foot(...speed(usage, firstAt));
+      drawContext(usage);
+    });
+  const showSoon = oncePerFrame(show);
+  say("Thinking");
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
-      headers: { "content-type": "application/json" },
+      headers: headers(),
       body: request,
       signal,
     });
-    if (!response.ok) throw new Error((await response.json()).error.message);
+    if (!response.ok) throw await problemOf(response);
     for await (const chunk of frames(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
       if (chunk.usage?.completion_tokens) {
@@ -225,25 +318,42 @@ async function answer(signal) {
         add(message, choice.delta);
         reason = choice.finish_reason ?? reason;
       }
-      following(() => {
-        view.update(message);
-        if (usage) view.foot(speed(usage, firstAt));
-      });
+      showSoon();
     }
-    if (reason === "length") view.foot(`${speed(usage, firstAt)} \u00b7 cut at the token limit`);
+    show();
+    if (reason === null) throw new Error("the connection broke before the answer was complete");
+    if (reason === "length") view.foot(...speed(usage, firstAt), element("span", "", "cut at the token limit"));
+    say(reason === "length" ? "The answer was cut at the token limit" : "Answer complete");
   } catch (error) {
+    show();
     const isStop = error.name === "AbortError";
     reason = isStop ? "stopped" : "error";
     const note = element("span", isStop ? "" : "error", isStop ? "stopped" : error.message);
-    following(() => view.foot(...(usage ? [speed(usage, firstAt)] : []), note));
+    following(() => view.foot(...(usage ? speed(usage, firstAt) : []), note));
+    say(note.textContent);
     // A call that was cut has no valid arguments; an empty answer is no message.
     delete message.tool_calls;
     if (!message.content && !message.reasoning_content) conversation.pop();
   } finally {
+    showSoon.cancel();
     view.node.classList.remove("running");
-    drawContext(usage);
+    view.fold(message);
+    view.offerCopies();
   }
   return { reason, message, view };
+}
+
+/** The same function, called at most once a frame however often it is asked for. */
+function oncePerFrame(update) {
+  let frame = 0;
+  const soon = () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      update();
+    });
+  };
+  soon.cancel = () => cancelAnimationFrame(frame);
+  return soon;
 }
 
 /** Answer the last message, running tools as long as the model asks for them. */
@@ -271,9 +381,7 @@ async function respond() {
 }
 
 function offerAgain(view) {
-  const copy = element("button", "", "Copy");
-  copy.type = "button";
-  copy.onclick = () => navigator.clipboard?.writeText(conversation.findLast((m) => m.role === "assistant")?.content ?? "");
+  const copy = copyButton(() => conversation.findLast((m) => m.role === "assistant")?.content ?? "");
   const again = element("button", "", "Again");
   again.type = "button";
   again.onclick = () => {
@@ -290,8 +398,10 @@ function offerAgain(view) {
 // ---- the controls
 
 function setRunning(isRunning) {
+  const hadFocus = document.activeElement === $("stop");
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
+  if (hadFocus && !isRunning) $("input").focus();
 }
 
 function submit(text) {
@@ -306,7 +416,8 @@ function submit(text) {
 function fitInput() {
   const input = $("input");
   input.style.height = "auto";
-  input.style.height = `${input.scrollHeight + 2}px`;
+  input.style.height = `${input.scrollHeight}px`;
+  $("send").disabled = !input.value.trim();
 }
 
 function newConversation() {
@@ -324,19 +435,27 @@ function applyTheme() {
 }
 
 function openSettings() {
+  showSettings();
+  $("settings").showModal();
+}
+
+function showSettings() {
   for (const field of $("settings").querySelectorAll("[name]")) {
     if (field.type === "checkbox") field.checked = settings[field.name];
     else field.value = settings[field.name];
   }
-  $("settings").showModal();
 }
 
 function takeSettings() {
   for (const field of $("settings").querySelectorAll("[name]")) {
-    settings[field.name] = field.type === "checkbox" ? field.checked : field.value;
+    // What is not allowed is not taken: the field shows the old value next time.
+    if (field.validity.valid) settings[field.name] = field.type === "checkbox" ? field.checked : field.value;
   }
-  save("stepflash-settings", settings);
+  const isNewKey = settings.key !== usedKey;
+  save("stepflash-settings", { ...settings, key: "" });
+  save("stepflash-key", settings.key, sessionStorage);
   applyTheme();
+  if (isNewKey) findModel();
 }
 
 $("composer").onsubmit = (event) => {
@@ -358,6 +477,13 @@ $("stop").onclick = () => running?.abort();
 $("new").onclick = newConversation;
 $("open-settings").onclick = openSettings;
 $("settings").onclose = takeSettings;
+$("settings").onclick = (event) => {
+  if (event.target === $("settings")) $("settings").close(); // beside the form
+};
+$("reset").onclick = () => {
+  Object.assign(settings, DEFAULTS);
+  showSettings();
+};
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !$("settings").open) running?.abort();
   if (event.altKey && event.code === "KeyN") newConversation();
@@ -370,14 +496,25 @@ for (const text of EXAMPLES) {
   button.onclick = () => submit(text);
   $("examples").append(element("li", "", button));
 }
+
+let usedKey = settings.key;
+
+/** Ask the server which model it has. */
+async function findModel() {
+  usedKey = settings.key;
+  try {
+    const response = await fetch("v1/models", { headers: headers() });
+    if (!response.ok) throw await problemOf(response);
+    model = (await response.json()).data[0];
+    $("model").textContent = model.id;
+    $("model").classList.remove("error");
+  } catch (error) {
+    $("model").textContent = error instanceof TypeError ? "the server does not answer" : error.message;
+    $("model").classList.add("error");
+  }
+}
+
 applyTheme();
 draw();
-fetch("v1/models")
-  .then((response) => response.json())
-  .then(({ data }) => {
-    model = data[0];
-    $("model").textContent = model.id;
-  })
-  .catch(() => {
-    $("model").textContent = "the server does not answer";
-  });
+fitInput();
+findModel();
