@@ -20,7 +20,7 @@ namespace SF_ISA {
 
 constexpr int64_t GROUP = LANES, TILE = 512, GROUPS = TILE / GROUP, MAX_ROWS = 48, MAX_DIM = 256;
 constexpr int64_t STRIDE = TILE + 32;      // of rows of scores: not a power of two, for the L1 cache's sake
-constexpr int64_t KEY_GROUPS = 4;          // scored together
+constexpr int64_t STREAMS = 4;             // groups scored together, and how many groups ahead memory is asked for
 constexpr int64_t VALUE_GROUPS = 8;        // summed before accumulators rest in memory: 32 KB of values at 128 dimensions
 constexpr int64_t LARGEST = 32767;         // of a 16-bit query or probability
 static_assert(TILE * 127 * LARGEST < (int64_t(1) << 31) && MAX_DIM * 127 * LARGEST < (int64_t(1) << 31), "sums must fit into 32 bits");
@@ -120,18 +120,23 @@ SF_INLINE vi pair_at(const uint16_t* p) {
   return set1i(two);
 }
 
-// body(std::integral_constant<int, R>, row) for all rows, in even shares of at most MOST_ROWS.
+// Some rows of an item that are worked on together, one of `shares` alike. Each fetches its part ahead.
+struct Share {
+  int64_t row, number, shares;
+};
+
+// body(std::integral_constant<int, R>, share) for all rows, in even shares of at most MOST_ROWS.
 template <class Body>
 SF_INLINE void in_shares(int64_t rows, Body body) {
-  int64_t shares = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int64_t row = 0; row < rows; --shares) {
-    const int64_t count = (rows - row + shares - 1) / shares;
+  Share share{0, 0, (rows + MOST_ROWS - 1) / MOST_ROWS};
+  for (; share.number < share.shares; ++share.number) {
+    const int64_t left = share.shares - share.number, count = (rows - share.row + left - 1) / left;
     switch (count) {
-#define SF_SHARE(R) case R: if constexpr (R <= MOST_ROWS) body(std::integral_constant<int, R>(), row); break;
+#define SF_SHARE(R) case R: if constexpr (R <= MOST_ROWS) body(std::integral_constant<int, R>(), share); break;
       SF_SHARE(1) SF_SHARE(2) SF_SHARE(3) SF_SHARE(4) SF_SHARE(5) SF_SHARE(6)
 #undef SF_SHARE
     }
-    row += count;
+    share.row += count;
   }
 }
 
@@ -160,20 +165,30 @@ class Rows {
     const int64_t begin = std::max(item->begin, base), end = std::min(item->end, base + TILE);
     const int64_t first = (begin - base) / GROUP, last = (end - base + GROUP - 1) / GROUP;  // groups
     find_groups(base, first, last, begin, end);
-    for (int64_t g = first; g < last; g += KEY_GROUPS) {
-      const int64_t count = std::min(KEY_GROUPS, last - g);
-      if (count == KEY_GROUPS) {
-        in_shares(rows, [&](auto R, int64_t row) { score<R(), KEY_GROUPS>(row, g, last); });
+    int64_t n = 0;
+    for (int64_t g = first; g < last; ++g) stream[n++] = keys[g];
+    for (int64_t g = first; g < last; ++g) stream[n++] = values[g];
+    for (int64_t i = 0; i < STREAMS; ++i) {
+      const int64_t position = base + TILE + i * GROUP;
+      stream[n] = stream[n - 1];
+      if (is_direct && position < item->end)
+        stream[n] = (const uint8_t*)a.cache.k + (block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size * dim + key_element(a.cache, position % block_size, 0)) * Cell::BYTES;
+      ++n;
+    }
+    for (int64_t g = first; g < last; g += STREAMS) {
+      const int64_t count = std::min(STREAMS, last - g);
+      if (count == STREAMS) {
+        in_shares(rows, [&](auto R, const Share& share) { score<R(), STREAMS>(share, g, first); });
       } else {
-        for (int64_t i = g; i < last; ++i) in_shares(rows, [&](auto R, int64_t row) { score<R(), 1>(row, i, last); });
+        for (int64_t i = g; i < last; ++i) in_shares(rows, [&](auto R, const Share& share) { score<R(), 1>(share, i, first); });
       }
     }
     for (int64_t r = 0; r < rows; ++r) softmax(r, base, first, last);
     for (int64_t g = first; g < last; g += VALUE_GROUPS) {
       const int64_t until = std::min(g + VALUE_GROUPS, last);
       int64_t d = 0;
-      for (; d + 64 <= dim; d += 64) in_shares(rows, [&](auto R, int64_t row) { sum_values<R(), 4>(row, d, g, until, g == first, last); });
-      for (; d < dim; d += 32) in_shares(rows, [&](auto R, int64_t row) { sum_values<R(), 2>(row, d, g, until, g == first, last); });
+      for (; d + 64 <= dim; d += 64) in_shares(rows, [&](auto R, const Share& share) { sum_values<R(), 4>(share, d, g, until, first, last); });
+      for (; d < dim; d += 32) in_shares(rows, [&](auto R, const Share& share) { sum_values<R(), 2>(share, d, g, until, first, last); });
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* out = s.tile.out + r * dim;
@@ -207,6 +222,7 @@ class Rows {
   const Item* item = nullptr;
   const int32_t* blocks = nullptr;
   int64_t group = 1;
+  const uint8_t *stream[2 * GROUPS + STREAMS];
   const uint8_t *keys[GROUPS], *values[GROUPS];
   const float *key_scales[GROUPS], *value_scales[GROUPS];
   float score_unit[MAX_ROWS], weight_unit[MAX_ROWS];
@@ -283,19 +299,21 @@ class Rows {
 
   // Scores of R rows and N groups; the first rows fetch the keys of the next N groups ahead.
   template <int R, int N>
-  void score(int64_t row, int64_t g, int64_t last) {
+  void score(const Share& share, int64_t g, int64_t first) {
+    const int64_t row = share.row;
     typename Cell::Sum sum[R][N];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = Cell::none();
     const uint8_t *at[N], *ahead[N];
-    for (int i = 0; i < N; ++i) at[i] = keys[g + i], ahead[i] = keys[std::min(g + N + i, last - 1)];
+    for (int i = 0; i < N; ++i) at[i] = keys[g + i], ahead[i] = stream[g - first + i + STREAMS];
     const uint16_t* q = s.queries + row * dim;
-    const bool fetches = row == 0 && g + N < last;
-    for (int64_t pair = 0; pair < dim / 2; ++pair) {
+    for (int64_t pair = 0, turn = share.number; pair < dim / 2; ++pair) {
       vi k[N];
       for (int i = 0; i < N; ++i) k[i] = Cell::load(at[i] + pair * key_stride);
-      if (fetches)
+      if (turn-- == 0) {
+        turn = share.shares - 1;
         for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead[i] + pair * key_stride, _MM_HINT_T0);
+      }
       for (int r = 0; r < R; ++r) {
         const vi x = pair_at(q + r * dim + 2 * pair);
         for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], k[i], x);
@@ -350,20 +368,23 @@ class Rows {
 
   // out[row][d..] += weights * values over groups [g, until), for R rows and N vectors of dimensions.
   template <int R, int N>
-  void sum_values(int64_t row, int64_t d, int64_t g, int64_t until, bool is_first, int64_t last) {
+  void sum_values(const Share& share, int64_t d, int64_t g, int64_t until, int64_t first, int64_t last) {
+    const int64_t row = share.row;
+    const bool is_first = g == first;
     typename Cell::Sum sum[R][N];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
-    const bool fetches = row == 0;
-    for (; g < until; ++g) {
+    for (int64_t turn = share.number; g < until; ++g) {
       const uint8_t* v = values[g] + d * 2 * Cell::BYTES;
-      const uint8_t* ahead = values[std::min(g + VALUE_GROUPS, last - 1)] + d * 2 * Cell::BYTES;
+      const uint8_t* ahead = stream[last - first + g - first + STREAMS] + d * 2 * Cell::BYTES;
       const uint16_t* p = s.weights + row * STRIDE + g * GROUP;
       for (int64_t j = 0; j < GROUP / 2; ++j) {
         vi x[N];
         for (int i = 0; i < N; ++i) x[i] = Cell::load(v + (j * dim + LANES * i) * 2 * Cell::BYTES);
-        if (fetches)
+        if (turn-- == 0) {
+          turn = share.shares - 1;
           for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead + (j * dim + LANES * i) * 2 * Cell::BYTES, _MM_HINT_T0);
+        }
         for (int r = 0; r < R; ++r) {
           const vi w = pair_at(p + r * STRIDE + 2 * j);
           for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], x[i], w);
