@@ -52,25 +52,34 @@ SF_INLINE void write_token_head(const CacheWriteArgs& args, bool is_value, int64
   write_head(args.cache, is_value, args.slots[t], h, head);
 }
 
+// Neighbours in a block share cache lines (cache.h), so that a thread takes several tokens of a long prompt.
+SF_INLINE int64_t tokens_per_item(int64_t num_tokens) { return num_tokens < 128 ? 1 : 16; }
+
 void cache_write(const CacheWriteArgs& args) {
+  const int64_t step = tokens_per_item(args.num_tokens);
   parallel(args.num_tokens < 64 ? 1 : args.num_threads, [=](Team& team) {
-    team.share(args.num_tokens, [&](int64_t t) {
-      if (args.slots[t] < 0) return;
+    team.share((args.num_tokens + step - 1) / step, [&](int64_t item) {
       for (int64_t h = 0; h < args.cache.num_kv_heads; ++h)
-        for (const bool is_value : {false, true}) write_token_head(args, is_value, t, h);
+        for (int64_t t = item * step; t < args.num_tokens && t < (item + 1) * step; ++t) {
+          if (args.slots[t] < 0) continue;
+          for (const bool is_value : {false, true}) write_token_head(args, is_value, t, h);
+        }
     });
   });
 }
 
 void rope_and_write(Team& team, const RopeArgs& rope, const CacheWriteArgs& write) {
   const int64_t kv_heads = rope.num_kv_heads, group = rope.num_heads / kv_heads;
-  team.share(rope.num_tokens * kv_heads, [&](int64_t item) {
-    const int64_t t = item / kv_heads, h = item % kv_heads;
+  const int64_t step = tokens_per_item(rope.num_tokens);
+  team.share((rope.num_tokens + step - 1) / step * kv_heads, [&](int64_t item) {
+    const int64_t first = item / kv_heads * step, h = item % kv_heads;
     float head[512];
-    for (int64_t i = h * group; i < (h + 1) * group; ++i) norm_rope_head(rope, t, i, head);
-    norm_rope_head(rope, t, rope.num_heads + h, head);
-    if (write.slots[t] < 0) return;
-    for (const bool is_value : {false, true}) write_token_head(write, is_value, t, h);
+    for (int64_t t = first; t < rope.num_tokens && t < first + step; ++t) {
+      for (int64_t i = h * group; i < (h + 1) * group; ++i) norm_rope_head(rope, t, i, head);
+      norm_rope_head(rope, t, rope.num_heads + h, head);
+      if (write.slots[t] < 0) continue;
+      for (const bool is_value : {false, true}) write_token_head(write, is_value, t, h);
+    }
   });
 }
 
