@@ -215,7 +215,7 @@ def launches(peer: str, folder: Path, threads: int) -> list[Launch]:
     return [Launch(peer, "bfloat16", 16, command)]
 
 
-def start(launch: Launch, folder: Path) -> Contender:
+def start(launch: Launch, folder: Path, threads: int) -> Contender:
     """Start it and wait until it is loaded.
 
     Raises:
@@ -231,7 +231,7 @@ def start(launch: Launch, folder: Path) -> Contender:
     with (folder / launch.log_name).open("w") as errors:
         process = subprocess.Popen(
             launch.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={**os.environ, **dict(launch.variables)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **dict(launch.variables)},
         )  # fmt: skip
     contender = Contender(launch, process)
     try:
@@ -274,7 +274,7 @@ def measure(
 
 
 def measure_width(
-    group: Sequence[Launch], folder: Path, cases: Sequence[Case], runs: int, console: Console
+    group: Sequence[Launch], folder: Path, cases: Sequence[Case], runs: int, threads: int, console: Console
 ) -> tuple[list[Contender], dict[str, str], tuple[float, float]]:
     """All contenders of a width, loaded together: those who took part, who did not and why, bandwidths."""
     contenders: list[Contender] = []
@@ -283,7 +283,7 @@ def measure_width(
         for launch in group:
             console.print(f"starting {launch.name}")
             try:
-                contenders.append(start(launch, folder))
+                contenders.append(start(launch, folder, threads))
             except RuntimeError as error:
                 skipped[launch.name] = str(error)
         before = ops.measure_bandwidth()
@@ -333,6 +333,7 @@ def main() -> None:
     if unknown := set(options.columns.split(",")) - set(names):
         parser.error(f"no column {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     cases = [case for case in CASES if case.name in options.columns.split(",")]
+    torch.set_num_threads(options.threads)
     folder = options.env_dir.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # A width in a pipe is 80 columns, and the table would be cut.
@@ -349,7 +350,9 @@ def main() -> None:
     bandwidths: dict[int, tuple[float, float]] = {}
     for bits in map(int, () if options.prepare else options.bits.split(",")):
         group = [launch for launch in everyone if launch.bits == bits]
-        measured, missing, bandwidths[bits] = measure_width(group, folder, cases, options.runs, console)
+        measured, missing, bandwidths[bits] = measure_width(
+            group, folder, cases, options.runs, options.threads, console
+        )
         contenders += measured
         skipped |= missing
     if contenders:

@@ -422,16 +422,23 @@ def stream_read(data: Tensor) -> int:
     return int(torch.ops.stepflash.stream_read(data))
 
 
-def measure_bandwidth(num_bytes: int = 512 << 20, repeats: int = 5) -> float:
-    """Bytes per second that all threads together read from memory: median over `repeats` passes.
+def measure_bandwidth(num_bytes: int = 512 << 20, repeats: int = 5, device: str = "cpu") -> float:
+    """Bytes per second that all threads, or a GPU, read from memory: median over `repeats` passes.
 
-    The buffer must be far larger than the last-level cache.
+    The buffer must be far larger than the last-level cache, and a multiple of four bytes.
     """
-    buffer = advise_huge_pages(torch.empty(num_bytes, dtype=torch.uint8)).fill_(1)
-    stream_read(buffer)
+    buffer = advise_huge_pages(torch.empty(num_bytes, dtype=torch.uint8, device=device)).fill_(1)
+
+    def read_all() -> None:
+        if device == "cpu":
+            stream_read(buffer)
+        else:
+            buffer.view(torch.float32).sum().item()  # waits for the result
+
+    read_all()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        stream_read(buffer)
+        read_all()
         seconds.append(time.perf_counter() - start)
     return num_bytes / statistics.median(seconds)

@@ -32,6 +32,8 @@ PACKAGES = (
     "rich",
     "fastapi",
     "uvicorn",
+    "pydantic",
+    "prometheus-client",
 )
 STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 

@@ -1,8 +1,8 @@
 """How fast this machine reads memory and multiplies matrices, in a few seconds.
 
-Reading is a sum over a buffer larger than the caches; multiplying is square matrices in the types that models
-use. The best of several rounds counts: a busy machine only makes a round slower. Rates that stay in these
-units: bytes a second, and operations a second with a multiply-add counted as two.
+Reading is `kernels.ops.measure_bandwidth`; multiplying is square matrices in the types that models use, of which the
+best round counts: a busy machine only makes one slower. Rates are bytes a second, and operations a second with a
+multiply-add counted as two.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from stepflash.kernels import ops
 
 READ_BYTES = 2**30
 GEMM_SIZE = 1024
@@ -40,7 +42,7 @@ def measure_cpu(
         num_threads=torch.get_num_threads(),
         memory_bytes=total,
         available_bytes=available,
-        bandwidth=read_bandwidth("cpu", min(read_bytes, available // 8), seconds),
+        bandwidth=ops.measure_bandwidth(min(read_bytes, available // 8 // 4 * 4)),
         gemm_rates=_gemm_rates("cpu", size, seconds),
     )
 
@@ -54,16 +56,9 @@ def measure_cuda(index: int = 0, seconds: float = ROUND_SECONDS) -> Measured:
         num_threads=torch.get_num_threads(),
         memory_bytes=total,
         available_bytes=available,
-        bandwidth=read_bandwidth(device, min(4 * READ_BYTES, available // 4), seconds),
+        bandwidth=ops.measure_bandwidth(min(4 * READ_BYTES, available // 16 * 4), device=device),
         gemm_rates=_gemm_rates(device, 8 * GEMM_SIZE, seconds),
     )
-
-
-def read_bandwidth(device: str, num_bytes: int, seconds: float = ROUND_SECONDS) -> float:
-    """Bytes a second of a sum over `num_bytes` of float32."""
-    buffer = torch.ones(max(1, num_bytes // 4), dtype=torch.float32, device=device)
-    best = _best_seconds(lambda: buffer.sum(), seconds, device)
-    return buffer.numel() * 4 / best
 
 
 def gemm_rate(device: str, dtype: torch.dtype, size: int, seconds: float = ROUND_SECONDS) -> float | None:
