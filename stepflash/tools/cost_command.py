@@ -130,11 +130,13 @@ def variants(base: Assumptions) -> list[tuple[str, Assumptions, dict[str, float]
         ("efficiency 60 %", {"efficiency": 0.6}),
         *((f"acceptance {p:g}", {"acceptance": p}) for p in (0.7, 0.8, 0.9, 1.0)),
         *((f"latency {us} us a layer", {"layer_latency_us": float(us)}) for us in (0, 50, 150)),
+        *((f"{bits}-bit weights", {"weight_bits": float(bits)}) for bits in (4, 16)),
         ("BF16 keys and values", {"kv_bytes": 2}),
         ("FP8 attention math", {"attention_math": "fp8"}),
         ("reading and multiplying in turn", {"overlap": False}),
         ("busiest experts 1.5x the mean", {"imbalance": 1.5}),
         ("80 % of memory", {"memory_fraction": 0.8}),
+        ("8 GB for activations", {"memory_reserve_gb": 8.0}),
         ("billed at the speed reached", {"bill_promised_speed": False}),
         ("sequences may be fractions", {"whole_sequences": False}),
         (
@@ -256,7 +258,9 @@ def _print_assumptions(console: Console, assumptions: Assumptions) -> None:
 
 
 def _print_sensitivity(console: Console, assumptions: Assumptions) -> None:
-    console.print("\nOne change at a time: the ratios, and their rms log error", style="bold")
+    console.print(
+        "\nOne change at a time: the ratios (- cannot be served so), and their rms log error", style="bold"
+    )
     changed = sensitivity(assumptions)
     names = list(changed[0]["ratios"])[1:]
     cells = [

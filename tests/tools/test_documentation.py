@@ -67,6 +67,8 @@ def test_sensitivity_figures() -> None:
         "reading and multiplying in turn": "no overlap",
         "busiest experts 1.5x the mean": "busiest experts 1.5x",
         "80 % of memory": "80 % of memory",
+        "8 GB for activations": "8 GB for activations",
+        "4-bit weights": "4-bit weights everywhere",
         "billed at the speed reached": "billing at the speed reached",
     }.items():
         found = re.search(rf"{re.escape(words)}\s+\((\d\.\d\d)\)", paragraph)
