@@ -31,9 +31,12 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """Counters, gauges and histograms of one application. `engine_stats` is asked at every scrape."""
+    """Counters, gauges and histograms of one application. `engine_stats` and `engine_restarts` are asked at every
+    scrape."""
 
-    def __init__(self, engine_stats: Callable[[], Any]) -> None:
+    def __init__(
+        self, engine_stats: Callable[[], Any], engine_restarts: Callable[[], int] = lambda: 0
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "stepflash_requests",
@@ -67,6 +70,9 @@ class Metrics:
         self._answer_seconds = Histogram(
             "stepflash_answer_seconds", "from submission to the end", buckets=SECONDS, registry=registry
         )
+        Gauge(
+            "stepflash_engine_restarts", "times that the engine had to be replaced", registry=registry
+        ).set_function(engine_restarts)
         registry.register(_EngineStats(engine_stats))
 
     def count(self, record: RequestRecord) -> None:

@@ -47,7 +47,7 @@ class Service:
         self.model_name = model_name
         self.settings = settings
         self.defaults = defaults
-        self.metrics = Metrics(session.engine.stats)
+        self.metrics = Metrics(session.engine.stats, lambda: getattr(session.engine, "num_restarts", 0))
         self.health = HealthCheck(session)
         self.cache_ledger = CacheLedger()
         self.open_answers = OpenAnswers(settings.max_open_answers)

@@ -17,7 +17,7 @@ from stepflash.server.app import create_app
 from stepflash.server.run import listen, run_server
 from stepflash.settings import ServerSettings
 from tests.scripted_engine import scripted_session
-settings = ServerSettings(port=0)
+settings = ServerSettings(port=0, drain_seconds=DRAIN_SECONDS)
 session = scripted_session("word " * 60, bursts=[5], pause=0.02)
 with listen(settings) as listener:
     raise SystemExit(run_server(create_app(session, "scripted"), listener, settings, "scripted"))
@@ -26,8 +26,9 @@ BODY = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def running_server(drain_seconds: int = 30) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    script = SCRIPT.replace("DRAIN_SECONDS", str(drain_seconds))
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         yield process.stderr.readline().split()[-1], process
@@ -64,6 +65,20 @@ def test_the_second_signal_ends_at_once() -> None:
     with running_server() as (url, process):
         with pytest.raises(httpx.RemoteProtocolError):
             read_and_signal_twice(url, process)
+        assert process.wait(timeout=30) == 0
+
+
+def test_draining_has_an_end() -> None:
+    def read_and_signal(url: str, process: subprocess.Popen[str]) -> None:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=BODY, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            list(lines)
+
+    with running_server(drain_seconds=0) as (url, process):
+        with pytest.raises(httpx.RemoteProtocolError):
+            read_and_signal(url, process)
         assert process.wait(timeout=30) == 0
 
 
