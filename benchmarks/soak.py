@@ -215,7 +215,7 @@ class Client:
         status = await connection.open("POST", case.path, case.encoded(stream))
         if status == (529 if case.path == "/v1/messages" else 429):
             self._report.counts["queue full"] += 1
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(self._random.uniform(0.3, 1.0))
             return False
         if status != 200:
             self._report.problem(f"{case.path}: status {status}: {(await connection.text())[:200]}")
