@@ -67,10 +67,9 @@ def _typing(schema: Any, root: Mapping[str, Any]) -> Typing:
         if "const" in part:
             values = [*values, part["const"]]
         literals.update(value for value in values if isinstance(value, str))
-        declared = part.get("type")
-        types.update(_json_types([declared] if isinstance(declared, str) else declared))
-        if declared is None:
-            types.update(_type_of_value(value) for value in values)
+        types.update(declared_types(part))
+        if part.get("type") is None:
+            types.update(type_of_value(value) for value in values)
             if "properties" in part or "additionalProperties" in part:
                 types.add("object")
             if "items" in part:
@@ -80,12 +79,14 @@ def _typing(schema: Any, root: Mapping[str, Any]) -> Typing:
         reference = part.get("$ref")
         if isinstance(reference, str) and reference not in followed:
             followed.add(reference)
-            waiting.append(_resolve(reference, root))
+            waiting.append(resolve(reference, root))
     return Typing(frozenset(types), frozenset(literals))
 
 
-def _json_types(names: Any) -> Iterable[str]:
-    for name in names if isinstance(names, list) else []:
+def declared_types(schema: Mapping[str, Any]) -> Iterable[str]:
+    """The JSON types that a schema's `type` names."""
+    names = schema.get("type")
+    for name in names if isinstance(names, list) else [] if names is None else [names]:
         lowered = str(name).strip().lower()
         for json_type, spellings in _SPELLINGS.items():
             exact = json_type in ("string", "null")
@@ -94,7 +95,7 @@ def _json_types(names: Any) -> Iterable[str]:
                 break
 
 
-def _type_of_value(value: Any) -> str:
+def type_of_value(value: Any) -> str:
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "boolean"),
         (int, "integer"),
@@ -106,8 +107,8 @@ def _type_of_value(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), "null")
 
 
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
-    """A local JSON pointer such as `#/$defs/Color`; None when it leads nowhere."""
+def resolve(reference: str, root: Mapping[str, Any]) -> Any:
+    """The target of a local JSON pointer such as `#/$defs/Color`; None when it leads nowhere."""
     target: Any = root
     for part in reference.removeprefix("#").strip("/").split("/"):
         key = part.replace("~1", "/").replace("~0", "~")
