@@ -78,6 +78,9 @@ class ServerSettings:
     log_prompts: bool = False
     otlp_endpoint: str | None = None
     is_canonical: bool = True
+    max_thinking_tokens: int | None = None
+    max_task_thinking_tokens: int | None = None
+    stops_thinking_loops: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -6,11 +6,12 @@ free, then the tokens of the closing are dictated one by one, and behind them it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from stepflash.assistant.loops import LoopDetector
+from stepflash.chat.thought_end import THINK_END, advance
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.engine.constraints import AllOf, Constraint, Mask
 
@@ -36,8 +37,9 @@ EFFORT_TOKENS: Mapping[str, int | None] = {
 class Thinking:
     """How much may be thought, in tokens; None: no limit.
 
-    `max_tokens` is for one answer. `task_tokens` is for all answers since the last message of the user, so that a model
-    cannot begin to ponder anew after each result of a tool. `stops_loops` closes a thought that repeats itself.
+    `max_tokens` is for one answer. `task_tokens` is for all answers since the last message of the user, so that
+    a model cannot begin to ponder anew after each result of a tool. `stops_loops` closes a thought that repeats
+    itself.
     """
 
     max_tokens: int | None = None
@@ -63,8 +65,9 @@ NO_THOUGHT = Thinking(max_tokens=0)
 class ThoughtLimit:
     """Allows `num_tokens` tokens of thought (None: any number), and no loop if it has a detector.
 
-    `closing` is what then follows, its last token ends the thought; `loop_closing` the same after a loop, with the same
-    last token. `reason` is what a used up budget is called.
+    `closing` is what then follows, its last token ends the thought; `loop_closing` the same after a loop, with
+    the same last token. `reason` is what a used up budget is called. With `token_bytes` a closing tag that the
+    model spells out in several tokens is noticed too.
     """
 
     def __init__(
@@ -74,14 +77,19 @@ class ThoughtLimit:
         *,
         loop_closing: Sequence[int] = (),
         reason: Cut = "budget",
+        token_bytes: Callable[[int], bytes] = lambda token_id: b"",
     ) -> None:
         self._num_tokens = num_tokens
         self._closing = tuple(closing)
         self._loop_closing = tuple(loop_closing)
         self._reason: Cut = reason
         self._loops = LoopDetector() if loop_closing else None
+        self._token_bytes = token_bytes
+        self._progress = [0]  # of the closing tag, after each accepted token of the thought
         self._num_accepted = 0
-        self._cut_at: tuple[int, Cut] | None = None  # number of accepted tokens at which the closing began, and why
+        self._cut_at: tuple[int, Cut] | None = (
+            None  # number of accepted tokens at which the closing began, and why
+        )
         self._end: int | None = None  # number of accepted tokens with which the thought ended
         self._cut()
 
@@ -102,7 +110,8 @@ class ThoughtLimit:
         self._num_accepted += 1
         if self._end is not None:
             return
-        if token_id == self._closing[-1]:
+        self._progress.append(advance(self._progress[-1], self._token_bytes(token_id)))
+        if token_id == self._closing[-1] or self._progress[-1] == len(THINK_END):
             self._end = self._num_accepted
         elif self._cut_at is None:
             if self._loops is not None:
@@ -112,6 +121,7 @@ class ThoughtLimit:
     def rollback(self, num_tokens: int) -> None:
         seen = self._num_seen
         self._num_accepted -= num_tokens
+        del self._progress[self._num_accepted + 1 :]
         if self._end is not None and self._end > self._num_accepted:
             self._end = None
         if self._cut_at is not None and self._cut_at[0] > self._num_accepted:
@@ -139,7 +149,9 @@ class ThoughtLimit:
         return self._num_accepted if self._end is None else self._end - 1
 
 
-def thought_limit(thinking: Thinking, tokenizer: Tokenizer, num_thought_in_task: int = 0) -> ThoughtLimit | None:
+def thought_limit(
+    thinking: Thinking, tokenizer: Tokenizer, num_thought_in_task: int = 0
+) -> ThoughtLimit | None:
     """The constraint for a model whose prompt opens a thought, `num_thought_in_task` tokens after the task began.
 
     None if nothing is limited, or if the end of a thought is no single token.
@@ -159,6 +171,7 @@ def thought_limit(thinking: Thinking, tokenizer: Tokenizer, num_thought_in_task:
         [*tokenizer.encode(CLOSING_TEXT), end],
         loop_closing=[*tokenizer.encode(LOOP_CLOSING_TEXT), end] if thinking.stops_loops else (),
         reason=reason,  # type: ignore[arg-type]
+        token_bytes=tokenizer.token_bytes,
     )
 
 

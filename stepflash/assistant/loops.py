@@ -1,8 +1,9 @@
 """Finds out that a thought goes round in circles, on token ids, as they come.
 
-Two signs, both only after many repetitions, because honest thoughts repeat themselves too (tables, code, drafts of one
-sentence):
-  * a period: the last tokens are one phrase over and over, at least `MIN_REPEATS` times and `MIN_REPEATED_TOKENS` long;
+Two signs, both only after many repetitions, because honest thoughts repeat themselves too (tables, code, drafts
+of one sentence):
+  * a period: the last tokens are one phrase over and over, at least `MIN_REPEATS` times and
+    `MIN_REPEATED_TOKENS` long;
   * a refrain: the same `REFRAIN_TOKENS` tokens came `MIN_REFRAINS` times within the last `REFRAIN_WINDOW` tokens,
     whatever stood between.
 A token costs one comparison with the tokens before it (numpy, some microseconds) and one dictionary entry.

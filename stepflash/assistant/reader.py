@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from stepflash.assistant.budget import limit_of
 from stepflash.assistant.stream import Progress, StreamItem, Usage
+from stepflash.assistant.task_ledger import Task
 from stepflash.chat.messages import (
     ContentDelta,
     Event,
@@ -35,7 +37,7 @@ class Prompt:
 
     `parse` False takes the answer as plain content. `tools` are those whose calls are read, whether or not the
     head of the prompt lists them. `prefill` is text of the answer that the prompt already contains.
-    `max_tool_calls` ends the answer after that many calls.
+    `max_tool_calls` ends the answer after that many calls. `task` is what a budget of the whole task counts in.
     """
 
     request: Request
@@ -44,6 +46,7 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     prefill: str = ""
     max_tool_calls: int | None = None
+    task: Task | None = None
 
 
 class StopStrings:
@@ -101,7 +104,12 @@ class AnswerReader:
         self._pending_prefill = prompt.prefill
         self._is_reasoning = prompt.in_reasoning and THINK_END not in prompt.prefill
         self._has_tool_calls = False
-        self._usage = Usage(prompt_tokens=len(prompt.request.prompt_token_ids))
+        self._limit = limit_of(prompt.request.constraint)
+        self._usage = Usage(
+            prompt_tokens=len(prompt.request.prompt_token_ids),
+            thinking_budget=None if self._limit is None else self._limit.budget,
+            task_reasoning_tokens=None if prompt.task is None else prompt.task.num_thought_tokens,
+        )
         self.is_finished = False
 
     def read(self, output: Output) -> Iterator[StreamItem]:
@@ -156,7 +164,8 @@ class AnswerReader:
 
     def _count(self, token_ids: tuple[int, ...], stats: RequestStats | None) -> None:
         num_reasoning = 0
-        if self._is_reasoning:
+        was_reasoning = self._is_reasoning
+        if was_reasoning:
             num_reasoning = len(token_ids)
             if self._think_end_id is not None and self._think_end_id in token_ids:
                 num_reasoning = token_ids.index(self._think_end_id) + 1
@@ -166,6 +175,10 @@ class AnswerReader:
             completion_tokens=self._usage.completion_tokens + len(token_ids),
             reasoning_tokens=self._usage.reasoning_tokens + num_reasoning,
         )
+        if usage.task_reasoning_tokens is not None:
+            usage = replace(usage, task_reasoning_tokens=usage.task_reasoning_tokens + num_reasoning)
+        if was_reasoning and not self._is_reasoning and self._limit is not None:
+            usage = replace(usage, thinking_cut=self._limit.cut)
         if stats is not None:
             usage = replace(
                 usage,

@@ -16,7 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from stepflash.assistant.session import Session
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import BOS_TEXT, Tokenizer
+from stepflash.engine.constraints import Constraint, allows
 from stepflash.engine.request import Output, Request, RequestStats, TokenLogprob
+from stepflash.errors import RequestError
 
 SPECIAL_TOKENS = (BOS_TEXT, "<|im_end|>", "<|im_start|>", "<think>", "</think>")
 END = "<|im_end|>"
@@ -41,7 +43,8 @@ class ScriptedEngine:
 
     The answer comes in bursts of the given sizes, cycled. A text that does not end with `END` runs out of tokens:
     its finish reason is "length". `error` is reported after `error_after` bursts. `pause` seconds pass before each
-    burst.
+    burst. It keeps to the constraint of a request: what that dictates replaces the script up to the end of the
+    thought, and a script that it forbids is an error.
     """
 
     def __init__(
@@ -66,7 +69,11 @@ class ScriptedEngine:
         text = self._text(request)
         self.requests.append(request)
         is_complete = text.endswith(END)
-        token_ids = self.tokenizer.encode(text)
+        try:
+            token_ids = self._obeying(request.constraint, self.tokenizer.encode(text))
+        except RequestError as forbidden:
+            yield Output(request_id=request.request_id, finish_reason="error", error=str(forbidden))
+            return
         limit = request.sampling.max_tokens
         if limit is not None and limit < len(token_ids):
             token_ids, is_complete = token_ids[:limit], False
@@ -100,6 +107,25 @@ class ScriptedEngine:
 
     def stats(self) -> dict[str, float]:
         return {"num_free_blocks": 7}
+
+    def _obeying(self, constraint: Constraint | None, script: list[int]) -> list[int]:
+        if constraint is None:
+            return script
+        decode, end = self.tokenizer.decode, self.tokenizer.think_end_id
+        written: list[int] = []
+        while script:
+            forced = list(constraint.forced())
+            if forced and forced[0] != script[0]:
+                if forced[-1] != end:
+                    raise RequestError(f"the constraint dictates {decode(forced)!r}")
+                script = [*forced, *(script[script.index(end) + 1 :] if end in script else ())]
+            token_id, *script = script
+            if not allows(constraint.mask(), token_id):
+                raise RequestError(f"the constraint forbids {decode([token_id])!r} behind {decode(written)!r}")
+            written.append(token_id)
+            if token_id not in self.tokenizer.eos_token_ids:
+                constraint.accept(token_id)
+        return written
 
     def _text(self, request: Request) -> str:
         if callable(self.script):

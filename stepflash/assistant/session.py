@@ -15,20 +15,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from stepflash.assistant.budget import thinking_budget
+from stepflash.assistant.budget import NO_THOUGHT, Thinking, ThoughtLimit, thought_limit
 from stepflash.assistant.reader import AnswerReader, Prompt
-from stepflash.assistant.stream import StreamItem
+from stepflash.assistant.stream import Fold, StreamItem
+from stepflash.assistant.task_ledger import TaskLedger
+from stepflash.chat.answer_format import AnswerFormat
+from stepflash.chat.grammar import AnswerGrammar, GrammarCompiler
 from stepflash.chat.messages import Conversation, Tool
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import Tokenizer
+from stepflash.chat.tool_grammar import FREE_CALLS, CallRules, answer_grammar
+from stepflash.engine.constraints import AllOf, Constraint
 from stepflash.engine.request import CacheLookup, Output, Request, SamplingParams
 from stepflash.errors import EngineError, PromptTooLong, RequestError
 
-NO_THINKING = "\n</think>\n"  # as `prefill`: an empty thought
+EMPTY_THOUGHT = "\n</think>\n"  # behind the `<think>` with which a prompt ends
 
 
 class EngineClient(Protocol):
-    """What a session needs of an engine; ours and a remote one both provide it."""
+    """What a session needs of an engine; ours and a remote one both provide it.
+
+    One that cannot follow constraints says so with an attribute `takes_constraints` that is False.
+    """
 
     def submit(self, request: Request) -> AsyncIterator[Output]: ...
 
@@ -57,6 +65,8 @@ class Session:
         self.tokenizer = tokenizer
         self.template = template
         self.max_context_tokens = max_context_tokens
+        self.ledger = TaskLedger()
+        self._grammars = GrammarCompiler(tokenizer)
 
     def prepare(
         self,
@@ -67,50 +77,100 @@ class Session:
         max_tool_calls: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
         extra_tools: tuple[Tool, ...] = (),
-        max_thinking_tokens: int | None = None,
+        thinking: Thinking | None = None,
+        answer_format: AnswerFormat | None = None,
+        calls: CallRules = FREE_CALLS,
     ) -> Prompt:
         """Render and encode a conversation.
 
-        `prefill` starts the answer: the model continues after it, and it is part of the events. Begun with
-        `NO_THINKING` the model does not think (a template that opens no thought needs none closed).
-        `extra_tools` may be called, but the head of the prompt does not list them. After `max_thinking_tokens` a
-        thought is closed with a short sentence.
+        `prefill` starts the answer: the model continues after it, without a thought, and it is part of the events.
+        `extra_tools` may be called, but the head of the prompt does not list them. `thinking` None does not limit the
+        thought. `answer_format` and `calls` restrict the answer behind the thought; compiling them takes time.
 
         Raises:
             PromptTooLong: no room is left for even one token of the answer.
+            BadSchema: the format, or the schema of a tool that it concerns, cannot be enforced.
             RequestError: the template refuses the conversation.
         """
         rendered = self.template.render(
             conversation.messages, tools=conversation.tools, variables=template_variables
         )
-        given = prefill.removeprefix(NO_THINKING)
-        in_reasoning = rendered.opens_thought and given == prefill
-        text = rendered.text + (prefill if rendered.opens_thought else given)
+        tools = (*conversation.tools, *extra_tools)
+        thinking = thinking or Thinking(stops_loops=False)
+        if calls.demanded and not self._takes_constraints:
+            # All that can be done is to begin the call and to leave the rest to the model.
+            thinking, prefill, calls = NO_THOUGHT, calls.opening(), replace(calls, demanded=())
+        thinks = rendered.opens_thought and thinking.is_wanted and not prefill
+        text = rendered.text + (EMPTY_THOUGHT if rendered.opens_thought and not thinks else "") + prefill
+        grammar = self._grammar(tools, calls, answer_format, thinks)
         token_ids, cut_points = self.tokenizer.encode_with_cuts(text, rendered.cut_points)
         request = self._request(token_ids, sampling, cut_points)
-        if in_reasoning and max_thinking_tokens is not None:
-            request = replace(request, constraint=thinking_budget(max_thinking_tokens, self.tokenizer))
+        task = None
+        if thinks and thinking.task_tokens is not None:
+            task = self.ledger.task(
+                conversation.messages, lambda thought: len(self.tokenizer.encode(thought))
+            )
+        limit = self._thought_limit(thinking, task.num_thought_tokens if task else 0) if thinks else None
         return Prompt(
-            request=request,
-            # Read as an answer without thought, so that one which the model begins all the same is found.
-            in_reasoning=in_reasoning,
-            tools=(*conversation.tools, *extra_tools),
-            prefill=prefill if in_reasoning else given,
+            request=replace(request, constraint=_both(limit, grammar)),
+            # Without a grammar, one that begins its thought all the same is understood; with one, tags are text.
+            in_reasoning=thinks or grammar is not None,
+            tools=tools,
+            prefill=EMPTY_THOUGHT + prefill if grammar is not None and not thinks else prefill,
             max_tool_calls=max_tool_calls,
+            task=task,
         )
 
-    def num_prompt_tokens(self, conversation: Conversation, prefill: str = "") -> int:
+    @property
+    def _takes_constraints(self) -> bool:
+        return getattr(self.engine, "takes_constraints", True)
+
+    def _grammar(
+        self, tools: Sequence[Tool], calls: CallRules, answer_format: AnswerFormat | None, thinks: bool
+    ) -> AnswerGrammar | None:
+        if answer_format is not None and not self._takes_constraints:
+            raise RequestError(
+                f"{answer_format.param}: the engine behind this server cannot be held to a format",
+                param=answer_format.param,
+                code="unsupported_parameter",
+            )
+        # The line break behind `</think>` belongs to the tag.
+        grammar = answer_grammar(tools, calls, answer_format, prefix='"\\n"?' if thinks else "")
+        if grammar is None or not self._takes_constraints:
+            return None
+        return self._grammars.compile(
+            grammar,
+            param=answer_format.param if answer_format is not None else "tools",
+            in_thought=thinks,
+            may_end_in_thought=answer_format is None and not calls.demanded,
+        )
+
+    def _thought_limit(self, thinking: Thinking, num_thought_in_task: int) -> ThoughtLimit | None:
+        if not self._takes_constraints:
+            if thinking.max_tokens is not None or thinking.task_tokens is not None:
+                raise RequestError(
+                    "the engine behind this server cannot limit how long it thinks",
+                    code="unsupported_parameter",
+                )
+            return None
+        return thought_limit(thinking, self.tokenizer, num_thought_in_task)
+
+    def num_prompt_tokens(self, conversation: Conversation, *, thinks: bool = True) -> int:
         """The length of the prompt that `prepare` would make of it, whether or not it fits.
 
         Raises:
             RequestError: the template refuses the conversation.
         """
         rendered = self.template.render(conversation.messages, tools=conversation.tools)
-        if not rendered.opens_thought:
-            prefill = prefill.removeprefix(NO_THINKING)
-        return len(self.tokenizer.encode(rendered.text + prefill))
+        closing = EMPTY_THOUGHT if rendered.opens_thought and not thinks else ""
+        return len(self.tokenizer.encode(rendered.text + closing))
 
-    def prepare_text(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Prompt:
+    def prepare_text(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        answer_format: AnswerFormat | None = None,
+    ) -> Prompt:
         """A prompt without chat template, as text or token ids; text gets the bos token in front.
 
         Raises:
@@ -132,7 +192,9 @@ class Session:
                 )
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
-        return Prompt(request=self._request(token_ids, sampling, ()), parse=False, in_reasoning=False)
+        grammar = self._grammar((), FREE_CALLS, answer_format, thinks=False)
+        request = replace(self._request(token_ids, sampling, ()), constraint=grammar)
+        return Prompt(request=request, parse=False, in_reasoning=False)
 
     def lookup(self, prompt: Prompt) -> CacheLookup | None:
         """What the prefix cache has of a prompt now; None where that is not known."""
@@ -153,11 +215,14 @@ class Session:
 
     async def _read(self, prompt: Prompt, outputs: AsyncIterator[Output]) -> AsyncGenerator[StreamItem]:
         reader = AnswerReader(prompt, self.tokenizer)
+        whole = Fold() if prompt.task is not None else None
         is_running = True
         try:
             async for output in outputs:
                 is_running = output.finish_reason is None
                 for item in reader.read(output):
+                    if whole is not None:
+                        whole.add(item)
                     yield item
                 if reader.is_finished or not is_running:
                     break
@@ -166,6 +231,9 @@ class Session:
                 self.engine.abort(prompt.request.request_id)
         if not reader.is_finished:
             raise EngineError("the engine ended the request without a result")
+        if prompt.task is not None and whole is not None:
+            answer = whole.answer()
+            self.ledger.record(prompt.task, answer.to_message(), answer.usage.reasoning_tokens)
 
     def _request(
         self, token_ids: list[int], sampling: SamplingParams, cut_points: tuple[int, ...]
@@ -198,6 +266,11 @@ def as_choice(prompt: Prompt, index: int) -> Prompt:
             prompt.request, request_id=new_request_id(), sampling=sampling, constraint=constraint
         ),
     )
+
+
+def _both(limit: ThoughtLimit | None, grammar: AnswerGrammar | None) -> Constraint | None:
+    parts: list[Constraint] = [part for part in (limit, grammar) if part is not None]
+    return AllOf(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def new_request_id() -> str:

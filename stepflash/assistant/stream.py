@@ -12,7 +12,9 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from stepflash.assistant.budget import Cut
 from stepflash.chat.messages import (
     ContentDelta,
     Event,
@@ -30,7 +32,12 @@ from stepflash.engine.request import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an answer cost so far, in tokens; `num_steps` counts runs of the trunk. `queue_seconds` it waited."""
+    """What an answer cost so far, in tokens; `num_steps` counts runs of the trunk. `queue_seconds` it waited.
+
+    `thinking_budget` is how much could be thought, None: any amount. `thinking_cut` says why the thought was
+    closed, if it was. `task_reasoning_tokens` counts thoughts since the last message of the user, where there is
+    a budget for that.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -40,6 +47,17 @@ class Usage:
     accepted_draft_tokens: int = 0
     num_steps: int = 0
     queue_seconds: float = 0.0
+    thinking_budget: int | None = None
+    thinking_cut: Cut | None = None
+    task_reasoning_tokens: int | None = None
+
+    def thinking_json(self) -> dict[str, Any]:
+        """What every API says about the limits of the thought, beside the number of its tokens."""
+        return {
+            "thinking_budget_tokens": self.thinking_budget,
+            "thinking_cut": self.thinking_cut,
+            "task_reasoning_tokens": self.task_reasoning_tokens,
+        }
 
 
 def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
@@ -53,6 +71,12 @@ def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
         drafted_tokens=sum(usage.drafted_tokens for usage in usages),
         accepted_draft_tokens=sum(usage.accepted_draft_tokens for usage in usages),
         num_steps=sum(usage.num_steps for usage in usages),
+        thinking_budget=next((usage.thinking_budget for usage in usages), None),
+        thinking_cut=next((usage.thinking_cut for usage in usages if usage.thinking_cut), None),
+        task_reasoning_tokens=max(
+            (usage.task_reasoning_tokens for usage in usages if usage.task_reasoning_tokens is not None),
+            default=None,
+        ),
     )
 
 

@@ -1,9 +1,9 @@
 """How much a model has thought since the last message of the user, over all its turns with tools.
 
-Clients send the history back with every request. Most send the thoughts too, and then counting is enough. Some drop
-them; for those a ledger remembers, by a digest of what the task looked like without its thoughts, how much had been
-thought when an answer was finished. The next request begins with that answer, so it finds the entry. Two tasks that are
-the same to the letter share an entry, and then it is right for both.
+Clients send the history back with every request. Most send the thoughts too, and then counting is enough. Some
+drop them; for those a ledger remembers, by a digest of what the task looked like without its thoughts, how much
+had been thought when an answer was finished. The next request begins with that answer, so it finds the entry.
+Two tasks that are the same to the letter share an entry, and then it is right for both.
 
 Entries are some bytes each, the `MAX_ENTRIES` used last are kept, in memory alone. After a restart what clients send
 is all there is.
@@ -56,7 +56,8 @@ class TaskLedger:
 
 
 def _is_of_user(message: Message) -> bool:
-    """Whether a message begins a task; the result of a tool as a message of the user does not (as in the template)."""
+    """Whether a message begins a task; the result of a tool as a message of the user does not (as in the
+    template)."""
     text = message.content.strip()
     return message.role == "user" and not (
         text.startswith("<tool_response>") and text.endswith("</tool_response>")
@@ -66,7 +67,11 @@ def _is_of_user(message: Message) -> bool:
 def _digest(messages: Sequence[Message]) -> bytes:
     """Of what was said, without thoughts, ids of calls and white space at the ends, which clients change."""
     said = [
-        [message.role, message.content.strip(), [[call.name, dict(call.arguments)] for call in message.tool_calls]]
+        [
+            message.role,
+            message.content.strip(),
+            [[call.name, dict(call.arguments)] for call in message.tool_calls],
+        ]
         for message in messages
     ]
     text = json.dumps(said, ensure_ascii=True, sort_keys=True, default=str)

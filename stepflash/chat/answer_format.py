@@ -1,8 +1,7 @@
 """What an answer must look like, and that as a grammar: JSON, JSON of a schema, a regular expression, a Lark grammar.
 
-An `AnswerFormat` is checked when it is made, so that a wrong schema is refused before anything is rendered. Every
-keyword of a schema either holds of the answer or is refused; only annotations (`title`, formats that nobody defined,
-...) mean nothing.
+Every keyword of a schema either holds of the answer or is refused; only annotations (`title`, formats that nobody
+defined, ...) mean nothing.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # ... that
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """`definition` is a JSON schema or the text of the grammar; `param` is the field that it came from.
-
-    Raises:
-        BadSchema: it is no such thing, or asks for what cannot be enforced; names `param`.
-    """
+    """`definition` is a JSON schema or the text of the grammar; `param` is the field that it came from."""
 
     kind: FormatKind
     definition: Any
     param: str
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            BadSchema: it is no such thing, or asks for what cannot be enforced; names `param`.
+        """
         if self.kind != "json_schema" and not isinstance(self.definition, str):
             raise BadSchema(f"{self.param}: must be a string", param=self.param)
         check_grammar(self.grammar(), self.param)
@@ -53,7 +52,7 @@ class AnswerFormat:
             case "json_schema":
                 return f"start: {json_rule(self.definition, self.param)}"
             case "regex":
-                return f"start: /{regex_to_lark(self.definition, '')}/"
+                return f"start: /{regex_to_lark(self.definition, 'dw')}/"
             case "lark":
                 return str(self.definition)
 

@@ -19,12 +19,12 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from stepflash.chat.thought_end import THINK_END, advance
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.errors import BadSchema, RequestError
 
 Mask = NDArray[np.bool_]
 
-THINK_END = b"</think>"
 _EXCERPT = re.compile(r"[0-9]+ \||[\^ ]+$")
 MAX_GRAMMAR_CHARS = 1 << 20
 CACHED_GRAMMARS = 64
@@ -67,9 +67,7 @@ class Vocabulary:
 
     def advance_thought(self, progress: int, token_id: int) -> int:
         """How much of `</think>` stands after one more token; its whole length: the thought is over."""
-        text = THINK_END[:progress] + self._tokens[token_id]
-        longest = min(len(text), len(THINK_END))
-        return next(n for n in range(longest, -1, -1) if text.endswith(THINK_END[:n]))
+        return advance(progress, self._tokens[token_id])
 
 
 class _LibraryTokenizer:

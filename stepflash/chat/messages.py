@@ -25,9 +25,15 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool that the model may call. `definition` is the whole object as the client sent it."""
+    """A tool that the model may call. `definition` is the whole object as the client sent it.
+
+    `is_strict`: the client wants arguments that its schema allows, not only hints at them. `param` is where that
+    schema stands in the client's request.
+    """
 
     definition: Mapping[str, Any]
+    is_strict: bool = False
+    param: str = field(default="tools", compare=False)
 
     @property
     def name(self) -> str:

@@ -197,7 +197,7 @@ def _tool(definition: Any, path: str) -> Tool:
     properties = (parameters or {}).get("properties")
     if properties is not None and not isinstance(properties, Mapping):
         raise BadSchema(f"{where}.properties: must be an object", param=where)
-    return Tool(definition=fields)
+    return Tool(definition=fields, is_strict=function.get("strict") is True, param=where)
 
 
 def _mapping(value: Any, path: str) -> Mapping[str, Any]:

@@ -62,11 +62,22 @@ class CallRules:
     is_single: bool = False
     formats: Mapping[str, AnswerFormat] = field(default_factory=dict)
 
+    def opening(self) -> str:
+        """How an answer of demanded calls begins, as far as that is certain."""
+        name = f"{self.demanded[0]}>\n" if len(self.demanded) == 1 else ""
+        return f"{CALLS_START}{name}"
 
-def is_strict(tool: Tool) -> bool:
-    """Whether the client asks for exactly what the schema says."""
-    inner = tool.definition.get("function")
-    return bool((inner if isinstance(inner, Mapping) else tool.definition).get("strict"))
+
+FREE_CALLS = CallRules()
+
+
+def is_restricted(tools: Sequence[Tool], rules: CallRules, answer: AnswerFormat | None) -> bool:
+    """Whether there is anything that a grammar has to see to."""
+    return (
+        bool(rules.demanded)
+        or answer is not None
+        or any(tool.is_strict or tool.name in rules.formats for tool in tools)
+    )
 
 
 def answer_grammar(
@@ -81,6 +92,11 @@ def answer_grammar(
     Raises:
         BadSchema: something cannot be enforced; names the field.
     """
+    if not is_restricted(tools, rules, answer):
+        return None
+    for form in (answer, *rules.formats.values()):
+        if form is not None:
+            form.check()
     writer = _Writer(rules)
     if rules.demanded:
         named = [(i, tool) for i, tool in enumerate(tools) if tool.name in rules.demanded]
@@ -91,12 +107,10 @@ def answer_grammar(
         if tools:
             body = f"(@answer | {writer.calls(list(enumerate(tools)))})"
         return writer.grammar(f"{prefix} {body}")
-    if any(is_strict(tool) or tool.name in rules.formats for tool in tools):
-        writer.lines += [f"FREE: {_FREE}", f"BEFORE_CALL: FREE {json.dumps(CALLS_START)}"]
-        return writer.grammar(
-            f"(BEFORE_CALL {writer.functions(list(enumerate(tools)), only_strict=True)})* FREE?"
-        )
-    return None
+    writer.lines += [f"FREE: {_FREE}", f"BEFORE_CALL: FREE {json.dumps(CALLS_START)}"]
+    return writer.grammar(
+        f"(BEFORE_CALL {writer.functions(list(enumerate(tools)), only_strict=True)})* FREE?"
+    )
 
 
 class _Writer:
@@ -120,7 +134,7 @@ class _Writer:
         """A call behind the opening tags; with `only_strict` those of the other tools are free between their tags."""
         bodies = []
         for index, tool in tools:
-            if only_strict and not is_strict(tool) and tool.name not in self._rules.formats:
+            if only_strict and not tool.is_strict and tool.name not in self._rules.formats:
                 self.lines.append(f"loose_{index}: {json.dumps(tool.name + '>', ensure_ascii=False)} LOOSE")
                 bodies.append(f"loose_{index}")
             else:
@@ -133,14 +147,12 @@ class _Writer:
 
     def _tool(self, index: int, tool: Tool) -> None:
         """Rule `tool_INDEX`: name, parameters and closing tags."""
-        param = f"tools[{index}].function.parameters"
         end = json.dumps(f"{FUNCTION_END}\n{CALL_END}")
         name = json.dumps(f"{tool.name}>\n", ensure_ascii=False)
-        self.lines.append(f"tool_{index}: {name} {self._parameters(index, tool, param)} {end}")
+        self.lines.append(f"tool_{index}: {name} {self._parameters(index, tool)} {end}")
 
-    def _parameters(self, index: int, tool: Tool, param: str) -> str:
-        schema = tool.parameters
-        strict = is_strict(tool)
+    def _parameters(self, index: int, tool: Tool) -> str:
+        schema, strict, param = tool.parameters, tool.is_strict, tool.param
         if strict and (unknown := sorted(set(schema) - _PARAMETERS_KEYWORDS)):
             raise _unenforceable(f"{param}.{unknown[0]}")
         listed = schema.get("required")
@@ -191,9 +203,11 @@ class _Writer:
         if (form := self._rules.formats.get(tool.name)) is not None:
             if form.kind == "lark":
                 self.parts[rule] = form.grammar()
-                return f"@{rule} {json.dumps(VALUE_END)}"
+                # The line break apart from the tag: the lexer would take both together and never a line of the
+                # grammar that begins with "<".
+                return f"@{rule} {json.dumps(VALUE_END[0])} {json.dumps(VALUE_END[1:])}"
             return self._text_end(rule, f"RAW & {form.grammar().removeprefix('start: ')}")
-        strict = is_strict(tool)
+        strict = tool.is_strict
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if isinstance(values, list):
             return self._literals(schema, values, strict, where)
@@ -235,7 +249,7 @@ class _Writer:
         """A value that is no text: plain scalars as the chat template writes them, anything else as JSON."""
         if len(types) == 1 and types[0] in _SCALARS and set(schema) <= {"type", *_ANNOTATIONS}:
             return self._text_end(types[0], _SCALARS[types[0]])
-        text = json_rule(_with_root(schema, tool.parameters), where, is_lenient=not is_strict(tool))
+        text = json_rule(_with_root(schema, tool.parameters), where, is_lenient=not tool.is_strict)
         check_grammar(f"start: {text}", where)
         self.lines.append(f"{rule}_json: {text}")
         return f"{rule}_json {json.dumps(VALUE_END)}"

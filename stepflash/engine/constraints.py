@@ -54,8 +54,12 @@ class AllOf:
         masks = [m for m in (constraint.mask() for constraint in self.constraints) if m is not None]
         if len(masks) <= 1:
             return masks[0] if masks else None
-        sets = [frozenset(allowed_ids(m)) for m in masks]
-        return frozenset.intersection(*sets)
+        listed = next((m for m in masks if isinstance(m, (set, frozenset, list, tuple, range))), None)
+        if listed is not None:
+            return {i for i in listed if all(allows(m, i) for m in masks)}
+        tensors = [torch.as_tensor(m) for m in masks]
+        shortest = min(len(m) for m in tensors)
+        return torch.stack([m[:shortest].bool() for m in tensors]).all(dim=0)
 
     def accept(self, token_id: int) -> None:
         for index, constraint in enumerate(self.constraints):
@@ -77,13 +81,6 @@ class AllOf:
             if tokens := constraint.forced():
                 return tokens
         return ()
-
-
-def allowed_ids(mask: Mask) -> list[int]:
-    """The token ids of a mask that is not None, in ascending order."""
-    if isinstance(mask, (set, frozenset, list, tuple, range)):
-        return sorted(mask)
-    return [int(i) for i in torch.as_tensor(mask).nonzero().flatten().tolist()]
 
 
 def allows(mask: Mask, token_id: int) -> bool:

@@ -10,18 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepflash.assistant.session import NO_THINKING
+from stepflash.assistant.budget import NO_THOUGHT, Thinking
+from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import Conversation, Message, Tool
+from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
 from stepflash.server.anthropic_messages import messages_from_anthropic, tools_from_anthropic
-from stepflash.server.body import Body
-from stepflash.server.tool_choice import forced_call
+from stepflash.server.structured_output import answer_format
+from stepflash.server.thinking_fields import ThinkingBody, read_thinking
+from stepflash.server.tool_choice import demanded_calls
 
 MAX_STOP_SEQUENCES = 64
 
 
-class MessagesBody(Body):
+class MessagesBody(ThinkingBody):
     """Body of both routes; only one of them needs `max_tokens`."""
 
     model: str | None = None
@@ -31,7 +34,6 @@ class MessagesBody(Body):
     stream: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     stop_sequences: list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -44,8 +46,8 @@ class MessagesBody(Body):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessagesRequest:
-    """A decoded body. `prefill` is the beginning of the answer that the prompt holds; its last `num_given_chars`
-    are the client's own words, which the reply does not repeat."""
+    """A decoded body. `prefill` is the beginning of the answer, in the client's own words, which the reply does not
+    repeat."""
 
     model: str | None
     conversation: Conversation
@@ -54,10 +56,11 @@ class MessagesRequest:
     deferred_tools: tuple[Tool, ...] = ()
     stream: bool = False
     prefill: str = ""
-    num_given_chars: int = 0
     max_tool_calls: int | None = None
     shows_thinking: bool = True
-    max_thinking_tokens: int | None = None
+    thinking: Thinking = NO_THOUGHT
+    answer_format: AnswerFormat | None = None
+    calls: CallRules = FREE_CALLS
 
 
 def decode_conversation(body: MessagesBody) -> tuple[Conversation, tuple[Tool, ...]]:
@@ -89,14 +92,16 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
         conversation = replace(conversation, messages=conversation.messages[:-1])
         if not conversation.messages:
             raise RequestError("messages: a message of the user must come first", param="messages")
-    conversation, deferred, prefill, max_tool_calls = _apply_tool_choice(body, conversation, deferred)
-    if given_text and prefill:
+    conversation, deferred, calls = _apply_tool_choice(body, conversation, deferred)
+    config = body.output_config or {}
+    param = "output_config.format" if "format" in config else "output_format"
+    form = answer_format(config.get("format", body.output_format), param)
+    if given_text and (calls.demanded or form is not None):
         raise RequestError(
-            "messages: the answer cannot begin with given text and with a demanded tool call",
+            "messages: the answer cannot begin with given text and with a demanded call or format",
             param="messages",
         )
-    if not prefill and (given_text or not thinks(body)):
-        prefill = NO_THINKING + given_text
+    thinking = read_thinking(body, effort=config.get("effort"), effort_param="output_config.effort")
     return MessagesRequest(
         model=body.model,
         conversation=conversation,
@@ -104,11 +109,12 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
         max_tokens=body.max_tokens,
         deferred_tools=deferred,
         stream=bool(body.stream),
-        prefill=prefill,
-        num_given_chars=len(given_text),
-        max_tool_calls=max_tool_calls,
+        prefill=given_text,
+        max_tool_calls=1 if calls.is_single else None,
         shows_thinking=(body.thinking or {}).get("display") != "omitted",
-        max_thinking_tokens=_thinking_budget(body),
+        thinking=thinking if thinks(body) else NO_THOUGHT,
+        answer_format=form,
+        calls=calls,
     )
 
 
@@ -130,35 +136,25 @@ def thinks(body: MessagesBody) -> bool:
     return bool(kind != "disabled")
 
 
-def _thinking_budget(body: MessagesBody) -> int | None:
-    budget = (body.thinking or {}).get("budget_tokens")
-    if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise RequestError(
-            f"thinking.budget_tokens: must be a whole number above 0, got {budget!r}",
-            param="thinking.budget_tokens",
-        )
-    return budget
-
-
 def _apply_tool_choice(
     body: MessagesBody, conversation: Conversation, deferred: tuple[Tool, ...]
-) -> tuple[Conversation, tuple[Tool, ...], str, int | None]:
-    """The conversation with the tools to offer, those that wait, the forced beginning, the limit of calls."""
+) -> tuple[Conversation, tuple[Tool, ...], CallRules]:
+    """The conversation with the tools to offer, those that wait, and what is demanded of them."""
     choice = body.tool_choice or {"type": "auto"}
-    limit = 1 if choice.get("disable_parallel_tool_use") is True else None
+    is_single = choice.get("disable_parallel_tool_use") is True
     tools = (*conversation.tools, *deferred)
     match choice.get("type"):
         case "auto":
-            return conversation, deferred, "", limit
+            return conversation, deferred, CallRules(is_single=is_single)
         case "none":
-            return replace(conversation, tools=()), (), "", None
+            return replace(conversation, tools=()), (), FREE_CALLS
         case "any":
-            return conversation, deferred, forced_call(tools), limit
+            return conversation, deferred, replace(demanded_calls(tools), is_single=is_single)
         case "tool":
             name = choice.get("name")
             if not isinstance(name, str):
                 raise RequestError("tool_choice.name: field required", param="tool_choice.name")
-            return conversation, deferred, forced_call(tools, name), 1
+            return conversation, deferred, demanded_calls(tools, name)
     raise RequestError(
         f"tool_choice.type: {choice.get('type')!r} is not one of auto, any, tool, none",
         param="tool_choice.type",
@@ -183,11 +179,9 @@ def _sampling(body: MessagesBody, defaults: SamplingParams) -> SamplingParams:
 
 
 def _refuse_unsupported(body: MessagesBody) -> None:
-    output_format = (body.output_config or {}).get("format", body.output_format)
     for name, is_set, reason in (
         ("container", body.container is not None, "there are no containers"),
         ("mcp_servers", bool(body.mcp_servers), "the server connects to no other servers"),
-        ("output_config.format", output_format is not None, "structured output is not supported yet"),
     ):
         if is_set:
             raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")

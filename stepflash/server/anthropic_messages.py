@@ -19,7 +19,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stepflash.chat.canonical import canonical_tools
@@ -71,6 +71,10 @@ def tools_from_anthropic(tools: Sequence[Mapping[str, Any]]) -> OfferedTools:
     except BadSchema as error:
         message = str(error).replace(".function.parameters", ".input_schema").replace(".function.", ".")
         raise BadSchema(re.sub(r"^tools\[(\d+)\]", r"tools.\1", message), param=error.param) from None
+    read = tuple(
+        replace(tool, is_strict=fields.get("strict") is True, param=f"tools.{index}.input_schema")
+        for index, (tool, fields) in enumerate(zip(read, tools, strict=True))
+    )
     is_deferred = [bool(tool.get("defer_loading")) for tool in tools]
     return OfferedTools(
         listed=tuple(tool for tool, waits in zip(read, is_deferred, strict=True) if not waits),

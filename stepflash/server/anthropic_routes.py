@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from stepflash.assistant.reader import Prompt
-from stepflash.assistant.session import NO_THINKING, new_request_id
+from stepflash.assistant.session import new_request_id
 from stepflash.assistant.stream import StreamItem
+from stepflash.chat.tool_grammar import is_restricted
 from stepflash.errors import StepflashError
 from stepflash.server.anthropic_decode import MessagesBody, decode, decode_conversation, thinks
 from stepflash.server.anthropic_encode import PING, MessageEncoder, MessageHead, fold_message
@@ -48,10 +49,14 @@ class AnthropicRoutes:
                 prefill=body.prefill,
                 max_tool_calls=body.max_tool_calls,
                 extra_tools=body.deferred_tools,
-                max_thinking_tokens=body.max_thinking_tokens,
+                thinking=self.service.thinking(body.thinking),
+                answer_format=body.answer_format,
+                calls=body.calls,
             )
 
-        prompt = await self.service.prepared(prepare, len(raw))
+        tools = (*body.conversation.tools, *body.deferred_tools)
+        restricted = is_restricted(tools, body.calls, body.answer_format)
+        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
         (stream,) = self.service.answers([prompt])
         max_tokens = prompt.request.sampling.max_tokens
         head = MessageHead(
@@ -59,7 +64,7 @@ class AnthropicRoutes:
             model=self.service.model_name,
             num_prompt_tokens=len(prompt.request.prompt_token_ids),
             shows_thinking=body.shows_thinking,
-            num_given_chars=body.num_given_chars,
+            num_given_chars=len(body.prefill),
             is_context_limit=max_tokens is not None and max_tokens < body.max_tokens,
         )
         events = _events(MessageEncoder(head), stream)
@@ -73,10 +78,10 @@ class AnthropicRoutes:
         body = read_body(raw, MessagesBody)
         self.service.check_model(body.model)
         conversation, _ = decode_conversation(body)
-        prefill = "" if thinks(body) else NO_THINKING
+        has_thought = thinks(body)
 
         def count() -> int:
-            return self.session.num_prompt_tokens(self.service.canonical(conversation), prefill)
+            return self.session.num_prompt_tokens(self.service.canonical(conversation), thinks=has_thought)
 
         num_tokens = await self.service.prepared(count, len(raw))
         return JSONResponse({"input_tokens": num_tokens})

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, total_usage
+from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import ContentDelta, Finish
 from stepflash.engine.request import SamplingParams, TokenLogprob
 from stepflash.errors import RequestError
 from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, finite, usage_json
 from stepflash.server.openai_schema import CompletionBody, num_choices, sampling_params
+from stepflash.server.structured_output import answer_format, structured_outputs
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
@@ -29,6 +31,7 @@ class CompletionRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    answer_format: AnswerFormat | None = None
 
 
 def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
@@ -58,6 +61,8 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
         stream=bool(body.stream),
         include_usage=bool(stream_options and stream_options.include_usage),
         echo=bool(body.echo),
+        answer_format=answer_format(body.response_format, "response_format")
+        or structured_outputs(body.structured_outputs),
     )
 
 

@@ -10,18 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stepflash.assistant.session import NO_THINKING
+from stepflash.assistant.budget import Thinking
+from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import Conversation, Message
+from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.body import Body
-from stepflash.server.openai_chat_decode import REASONING_EFFORTS
 from stepflash.server.openai_responses_items import messages_from_items
 from stepflash.server.openai_responses_tools import Toolbox, read_tools
-from stepflash.server.tool_choice import forced_call
+from stepflash.server.structured_output import answer_format
+from stepflash.server.thinking_fields import ThinkingBody, read_thinking
+from stepflash.server.tool_choice import demanded_calls
 
 
-class ResponsesBody(Body):
+class ResponsesBody(ThinkingBody):
     """Body of `POST /v1/responses`."""
 
     model: str | None = None
@@ -36,7 +38,6 @@ class ResponsesBody(Body):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     background: bool | None = None
@@ -57,8 +58,10 @@ class ResponsesRequest:
     sampling: SamplingParams
     stream: bool = False
     is_stored: bool = True
-    prefill: str = ""
     max_tool_calls: int | None = None
+    thinking: Thinking = field(default_factory=Thinking)
+    answer_format: AnswerFormat | None = None
+    calls: CallRules = FREE_CALLS
     echo: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,11 +82,11 @@ def decode(
     messages = messages_from_items(items, toolbox)
     if body.instructions:
         messages = (Message(role="system", content=body.instructions), *messages)
-    toolbox, prefill, max_tool_calls = _apply_tool_choice(body.tool_choice, toolbox)
-    if body.parallel_tool_calls is False:
-        max_tool_calls = 1
-    if not prefill and _effort(body) in ("none", "minimal"):
-        prefill = NO_THINKING
+    toolbox, calls = _apply_tool_choice(body.tool_choice, toolbox)
+    calls = replace(
+        calls, is_single=calls.is_single or body.parallel_tool_calls is False, formats=toolbox.formats
+    )
+    form = (body.text or {}).get("format")
     given: dict[str, Any] = {
         "max_tokens": body.max_output_tokens,
         "temperature": body.temperature,
@@ -98,18 +101,20 @@ def decode(
         sampling=sampling,
         stream=bool(body.stream),
         is_stored=body.store is not False,
-        prefill=prefill,
-        max_tool_calls=max_tool_calls,
+        max_tool_calls=1 if calls.is_single else None,
+        thinking=read_thinking(body),
+        answer_format=answer_format(form, "text.format"),
+        calls=calls,
         echo={
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": _effort(body), "summary": None},
+            "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
             "store": body.store is not False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": form or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "top_p": sampling.top_p,
@@ -118,25 +123,23 @@ def decode(
     )
 
 
-def _apply_tool_choice(
-    choice: str | Mapping[str, Any] | None, toolbox: Toolbox
-) -> tuple[Toolbox, str, int | None]:
-    """The tools to offer, the beginning of the answer that forces a call, and the limit of calls."""
+def _apply_tool_choice(choice: str | Mapping[str, Any] | None, toolbox: Toolbox) -> tuple[Toolbox, CallRules]:
+    """The tools to offer, and what is demanded of them."""
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         toolbox = toolbox.only(_allowed(choice))
         choice = choice.get("mode", "auto")
     if choice is None or choice == "auto":
-        return toolbox, "", None
+        return toolbox, FREE_CALLS
     if choice == "none":
-        return Toolbox(), "", None
+        return Toolbox(), FREE_CALLS
     if choice == "required":
-        return toolbox, forced_call(toolbox.tools), None
+        return toolbox, demanded_calls(toolbox.tools)
     if (
         isinstance(choice, Mapping)
         and choice.get("type") in ("function", "custom")
         and isinstance(choice.get("name"), str)
     ):
-        return toolbox, forced_call(toolbox.tools, toolbox.model_name(choice["name"], None)), 1
+        return toolbox, demanded_calls(toolbox.tools, toolbox.model_name(choice["name"], None))
     raise RequestError(
         "tool_choice must be 'auto', 'none', 'required', allowed tools, or name a function or custom tool",
         param="tool_choice",
@@ -150,23 +153,12 @@ def _allowed(choice: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     return [(str(item.get("name")), item.get("namespace")) for item in listed]
 
 
-def _effort(body: ResponsesBody) -> str | None:
-    effort = (body.reasoning or {}).get("effort")
-    if effort is not None and effort not in REASONING_EFFORTS:
-        known = ", ".join(REASONING_EFFORTS)
-        raise RequestError(f"reasoning.effort: {effort!r} is not one of {known}", param="reasoning.effort")
-    return effort
-
-
 def _refuse_unsupported(body: ResponsesBody) -> None:
-    text_format = (body.text or {}).get("format") or {"type": "text"}
-    kind = text_format.get("type") if isinstance(text_format, Mapping) else text_format
     refused: tuple[tuple[str, bool, str], ...] = (
         ("background", bool(body.background), "responses run while the client is connected"),
         ("conversation", body.conversation is not None, "send the items, or previous_response_id"),
         ("prompt", body.prompt is not None, "there are no stored prompts; send instructions and input"),
         ("top_logprobs", bool(body.top_logprobs), "only /v1/chat/completions has log-probabilities"),
-        ("text.format", kind != "text", f"type {kind!r} is not supported yet; only 'text' is"),
     )
     for name, is_set, reason in refused:
         if is_set:

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import new_request_id
 from stepflash.assistant.stream import StreamItem
+from stepflash.chat.tool_grammar import is_restricted
 from stepflash.errors import RequestError, StepflashError
 from stepflash.server.body import read_body
 from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
@@ -63,11 +64,14 @@ class ResponsesRoutes:
             return self.session.prepare(
                 self.service.canonical(body.conversation),
                 body.sampling,
-                prefill=body.prefill,
                 max_tool_calls=body.max_tool_calls,
+                thinking=self.service.thinking(body.thinking),
+                answer_format=body.answer_format,
+                calls=body.calls,
             )
 
-        prompt = await self.service.prepared(prepare, len(raw))
+        restricted = is_restricted(body.toolbox.tools, body.calls, body.answer_format)
+        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
         (stream,) = self.service.answers([prompt])
         head = ResponseHead(
             id=f"resp_{new_request_id()}",

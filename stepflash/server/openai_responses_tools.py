@@ -2,7 +2,8 @@
 
 The model knows functions by one flat name. Functions inside a namespace keep their own name where it is the only
 one of its kind, else they get the namespace in front; calls go back under name and `namespace`. A custom tool,
-whose input is free text, becomes a function with the one parameter `input`. Tools that a provider would run
+whose input is free text, becomes a function with the one parameter `input`; a grammar for it is told to the model and
+enforced. Tools that a provider would run
 (web_search and the like) are left out: clients always send some.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import Tool
 from stepflash.chat.openai_messages import tools_from_openai
 from stepflash.errors import BadSchema, RequestError
+from stepflash.server.structured_output import grammar_format
 
 CUSTOM_INPUT = "input"
 
@@ -31,10 +34,11 @@ class ClientTool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toolbox:
-    """The tools of a request; `clients` maps the model's names to the client's."""
+    """The tools of a request; `clients` maps the model's names to the client's, `formats` to grammars of inputs."""
 
     tools: tuple[Tool, ...] = ()
     clients: Mapping[str, ClientTool] = field(default_factory=dict)
+    formats: Mapping[str, AnswerFormat] = field(default_factory=dict)
 
     def client_tool(self, name: str) -> ClientTool:
         """What the client knows by the model's name; an unknown one, which the model made up, stays."""
@@ -50,7 +54,9 @@ class Toolbox:
     def only(self, allowed: Sequence[tuple[str, str | None]]) -> Toolbox:
         """Those tools alone whose name and namespace are allowed."""
         kept = {shown: tool for shown, tool in self.clients.items() if (tool.name, tool.namespace) in allowed}
-        return Toolbox(tools=tuple(tool for tool in self.tools if tool.name in kept), clients=kept)
+        formats = {shown: form for shown, form in self.formats.items() if shown in kept}
+        tools = tuple(tool for tool in self.tools if tool.name in kept)
+        return Toolbox(tools=tools, clients=kept, formats=formats)
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> Toolbox:
@@ -64,6 +70,7 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> Toolbox:
     num_of_name = Counter(tool.name for tool, _, _ in found)
     clients: dict[str, ClientTool] = {}
     read: list[Tool] = []
+    formats: dict[str, AnswerFormat] = {}
     for tool, definition, path in found:
         is_alone = num_of_name[tool.name] == 1 or tool.namespace is None
         shown = tool.name if is_alone else f"{tool.namespace}.{tool.name}"
@@ -71,7 +78,10 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> Toolbox:
             raise BadSchema(f"{path}: there is a tool called {shown!r} already", param=path)
         clients[shown] = tool
         read.append(_function(shown, definition, path))
-    return Toolbox(tools=tuple(read), clients=clients)
+        form = definition.get("format")
+        if tool.is_custom and isinstance(form, Mapping) and form.get("type") == "grammar":
+            formats[shown] = grammar_format(form, f"{path}.format")
+    return Toolbox(tools=tuple(read), clients=clients, formats=formats)
 
 
 def _flattened(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[ClientTool, Mapping[str, Any], str]]:
@@ -114,6 +124,7 @@ def _function(shown: str, fields: Mapping[str, Any], path: str) -> Tool:
     function = {key: value for key, value in function.items() if value is not None}
     try:
         (tool,) = tools_from_openai([{"type": "function", "function": function}])
+        tool = replace(tool, is_strict=fields.get("strict") is True, param=f"{path}.parameters")
     except BadSchema as error:
         message = str(error).replace("tools[0].function", path)
         raise BadSchema(message, param=(error.param or "").replace("tools[0].function", path)) from None
@@ -121,7 +132,7 @@ def _function(shown: str, fields: Mapping[str, Any], path: str) -> Tool:
 
 
 def _grammar(fields: Mapping[str, Any]) -> str:
-    """A custom tool's grammar in words: the model is told of it, nothing enforces it."""
+    """A custom tool's grammar in words."""
     form = fields.get("format")
     if not isinstance(form, Mapping) or form.get("type") != "grammar":
         return ""

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import as_choice, new_request_id
 from stepflash.assistant.stream import Answer, Fold, StreamItem, merge, total_usage
+from stepflash.chat.tool_grammar import is_restricted
 from stepflash.errors import StepflashError
 from stepflash.server import openai_chat_decode, openai_chat_encode, openai_completions
 from stepflash.server.body import read_body
@@ -48,13 +49,15 @@ class OpenAIRoutes:
             return self.session.prepare(
                 self.service.canonical(body.conversation),
                 body.sampling,
-                prefill=body.prefill,
                 max_tool_calls=body.max_tool_calls,
-                max_thinking_tokens=body.max_thinking_tokens,
                 template_variables=body.template_variables,
+                thinking=self.service.thinking(body.thinking),
+                answer_format=body.answer_format,
+                calls=body.calls,
             )
 
-        prompt = await self.service.prepared(prepare, len(raw))
+        restricted = is_restricted(body.conversation.tools, body.calls, body.answer_format)
+        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
         streams = self.service.answers([as_choice(prompt, index) for index in range(body.num_choices)])
         head = self._head("chatcmpl-")
         if body.stream:
@@ -69,9 +72,13 @@ class OpenAIRoutes:
         self.service.check_model(body.model)
 
         def prepare() -> list[Prompt]:
-            return [self.session.prepare_text(prompt, body.sampling) for prompt in body.prompts]
+            return [
+                self.session.prepare_text(prompt, body.sampling, body.answer_format)
+                for prompt in body.prompts
+            ]
 
-        prompts = await self.service.prepared(prepare, len(raw))
+        has_grammar = body.answer_format is not None
+        prompts = await self.service.prepared(prepare, len(raw), has_grammar=has_grammar)
         streams = self.service.answers(
             [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)]
         )

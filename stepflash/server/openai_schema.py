@@ -13,6 +13,7 @@ from typing import Any
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
 from stepflash.server.body import Body
+from stepflash.server.thinking_fields import ThinkingBody
 
 MAX_CHOICES = 16
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1 - MAX_CHOICES
@@ -47,7 +48,7 @@ class SamplingBody(Body):
     draft_depth: int | None = None
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, ThinkingBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, Any]]
@@ -58,11 +59,9 @@ class ChatBody(SamplingBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    thinking: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    thinking_budget: int | None = None
-    thinking_token_budget: int | None = None
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
@@ -76,6 +75,8 @@ class CompletionBody(SamplingBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     best_of: int | None = None
     suffix: str | None = None
 

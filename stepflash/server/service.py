@@ -17,6 +17,7 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from stepflash.assistant.budget import Thinking
 from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import Session
 from stepflash.assistant.stream import Progress, StreamItem
@@ -87,9 +88,20 @@ class Service:
         """The conversation as it is rendered, without known noise if the settings say so."""
         return canonical(conversation) if self.settings.is_canonical else conversation
 
-    async def prepared(self, prepare: Callable[[], T], num_bytes: int) -> T:
-        """Render and encode: short prompts here, long ones in a thread, so that other streams go on."""
-        return prepare() if num_bytes < LARGE_BODY_BYTES else await asyncio.to_thread(prepare)
+    def thinking(self, thinking: Thinking) -> Thinking:
+        """What a request asks for, else what the settings say."""
+        return thinking.or_else(
+            Thinking(
+                max_tokens=self.settings.max_thinking_tokens,
+                task_tokens=self.settings.max_task_thinking_tokens,
+                stops_loops=self.settings.stops_thinking_loops,
+            )
+        )
+
+    async def prepared(self, prepare: Callable[[], T], num_bytes: int, *, has_grammar: bool = False) -> T:
+        """Render and encode: short prompts here, long ones and grammars in a thread, so that others go on."""
+        is_quick = num_bytes < LARGE_BODY_BYTES and not has_grammar
+        return prepare() if is_quick else await asyncio.to_thread(prepare)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[AsyncGenerator[StreamItem]]:
         """Submit prompts.

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stepflash.assistant.session import NO_THINKING, Session
+from stepflash.assistant.budget import NO_THOUGHT, Thinking
+from stepflash.assistant.session import Session
 from stepflash.assistant.stream import Fold, Progress, StreamItem, Usage
 from stepflash.chat.messages import (
     ContentDelta,
@@ -215,7 +216,7 @@ class TerminalChat:
         prompt = self.session.prepare(
             Conversation(messages=(*head, *self.messages)),
             self.sampling,
-            prefill="" if self.is_thinking else NO_THINKING,
+            thinking=Thinking() if self.is_thinking else NO_THOUGHT,
         )
         printer = AnswerPrinter(self.console)
         try:

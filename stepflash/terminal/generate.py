@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from stepflash.assistant.budget import NO_THOUGHT, Thinking
 from stepflash.assistant.reader import Prompt
-from stepflash.assistant.session import NO_THINKING, Session
+from stepflash.assistant.session import Session
 from stepflash.assistant.stream import Answer, Fold
 from stepflash.chat.messages import Conversation, Message
 from stepflash.engine.request import SamplingParams
@@ -37,7 +38,7 @@ def run_generate(
     else:
         head = (Message(role="system", content=system),) if system else ()
         conversation = Conversation(messages=(*head, Message(role="user", content=text)))
-        prompt = session.prepare(conversation, sampling, prefill="" if is_thinking else NO_THINKING)
+        prompt = session.prepare(conversation, sampling, thinking=Thinking() if is_thinking else NO_THOUGHT)
     printer = None if as_json else AnswerPrinter(Console())
     speed = Speed()
     started = time.monotonic()

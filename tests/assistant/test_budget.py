@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepflash.assistant.budget import CLOSING_TEXT, ThinkingBudget
+from stepflash.assistant.budget import CLOSING_TEXT, NO_THOUGHT, Thinking, ThoughtLimit
 from stepflash.assistant.local import open_session
-from stepflash.assistant.session import NO_THINKING, as_choice
+from stepflash.assistant.session import as_choice
 from stepflash.chat.messages import Conversation, Message
 from stepflash.engine.constraints import Constraint
 from stepflash.engine.request import Request, SamplingParams
@@ -35,7 +35,7 @@ def allowed(tokens: list[int], budget: int) -> int | None:
 )
 def test_any_walk_forward_and_back(budget: int, steps: list[int]) -> None:
     """A positive step is a token that the model would like, a negative one goes back by as many."""
-    constraint = ThinkingBudget(budget, CLOSING)
+    constraint = ThoughtLimit(budget, CLOSING)
     assert isinstance(constraint, Constraint)
     tokens: list[int] = []
     for step in steps:
@@ -71,20 +71,20 @@ def test_in_the_engine_the_closing_follows_the_budget(draft_depth: int) -> None:
     with open_session(str(MICRO), EngineSettings(max_num_seqs=2)) as local:
         free = asyncio.run(tokens(None))
         closing = (202, 31, 18, next(i for i in range(400) if i not in free))
-        bounded = asyncio.run(tokens(ThinkingBudget(12, closing)))
+        bounded = asyncio.run(tokens(ThoughtLimit(12, closing)))
     assert bounded[:16] == [*free[:12], *closing]
     assert len(bounded) == 40
 
 
 def test_the_session_bounds_thoughts_alone() -> None:
     session = scripted_session("x")
-    prompt = session.prepare(HELLO, SamplingParams(), max_thinking_tokens=3)
+    prompt = session.prepare(HELLO, SamplingParams(), thinking=Thinking(max_tokens=3))
     constraint = prompt.request.constraint
-    assert isinstance(constraint, ThinkingBudget)
+    assert isinstance(constraint, ThoughtLimit)
     for token_id in (1, 2, 3):
         assert constraint.mask() is None
         constraint.accept(token_id)
     assert session.tokenizer.decode(constraint.forced()) == f"{CLOSING_TEXT}</think>"
     assert as_choice(prompt, 1).request.constraint is not constraint
-    unbounded = session.prepare(HELLO, SamplingParams(), max_thinking_tokens=3, prefill=NO_THINKING)
+    unbounded = session.prepare(HELLO, SamplingParams(), thinking=NO_THOUGHT)
     assert unbounded.request.constraint is None

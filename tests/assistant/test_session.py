@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.assistant.reader import StopStrings
-from stepflash.assistant.session import NO_THINKING, Session, as_choice
+from stepflash.assistant.session import EMPTY_THOUGHT, Session, as_choice
 from stepflash.assistant.stream import Answer, Fold, Progress, Usage, fold, merge, total_usage
 from stepflash.chat.messages import Conversation, Finish, Message, Tool
 from stepflash.engine.request import SamplingParams
@@ -153,10 +153,10 @@ def test_tool_call_limit_ends_the_request() -> None:
 def test_prefill_is_prompt_and_part_of_the_events() -> None:
     session = scripted_session("<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>" + END)
     conversation = Conversation(messages=HELLO.messages, tools=(WEATHER,))
-    prefill = NO_THINKING + "<tool_call>\n<function=weather>\n"
+    prefill = "<tool_call>\n<function=weather>\n"
     result = answer(session, conversation, prefill=prefill)
     assert session.tokenizer.decode(engine_of(session).requests[0].prompt_token_ids).endswith(
-        "<think>\n" + prefill
+        "<think>\n" + EMPTY_THOUGHT + prefill
     )
     assert [(call.name, call.arguments) for call in result.tool_calls] == [("weather", '{"city": "Oslo"}')]
     assert (result.reasoning, result.usage.reasoning_tokens) == (None, 0)
