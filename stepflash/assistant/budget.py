@@ -77,14 +77,15 @@ class ThoughtLimit:
         *,
         loop_closing: Sequence[int] = (),
         reason: Cut = "budget",
-        token_bytes: Callable[[int], bytes] = lambda token_id: b"",
+        token_bytes: Callable[[int], bytes] | None = None,
     ) -> None:
         self._num_tokens = num_tokens
         self._closing = tuple(closing)
         self._loop_closing = tuple(loop_closing)
         self._reason: Cut = reason
         self._loops = LoopDetector() if loop_closing else None
-        self._token_bytes = token_bytes
+        end = self._closing[-1]
+        self._token_bytes = token_bytes or (lambda token_id: THINK_END if token_id == end else b"")
         self._progress = [0]  # of the closing tag, after each accepted token of the thought
         self._num_accepted = 0
         self._cut_at: tuple[int, Cut] | None = (
@@ -111,7 +112,7 @@ class ThoughtLimit:
         if self._end is not None:
             return
         self._progress.append(advance(self._progress[-1], self._token_bytes(token_id)))
-        if token_id == self._closing[-1] or self._progress[-1] == len(THINK_END):
+        if self._progress[-1] == len(THINK_END):
             self._end = self._num_accepted
         elif self._cut_at is None:
             if self._loops is not None:

@@ -17,6 +17,7 @@ MAX_PERIOD = 512
 MIN_REPEATS = 4
 MIN_REPEATED_TOKENS = 256
 REFRAIN_TOKENS = 32
+MIN_REFRAIN_KINDS = 8  # different tokens in it: rows of zeros and rules of dashes are no refrain
 MIN_REFRAINS = 8
 REFRAIN_WINDOW = 4096
 
@@ -94,7 +95,11 @@ class LoopDetector:
             return False
         places = (*places, begin)[-MIN_REFRAINS:]
         self._places[phrase] = places
-        return len(places) == MIN_REFRAINS and begin - places[0] <= REFRAIN_WINDOW
+        return (
+            len(places) == MIN_REFRAINS
+            and begin - places[0] <= REFRAIN_WINDOW
+            and len(set(self._tokens[begin : self._num_tokens].tolist())) >= MIN_REFRAIN_KINDS
+        )
 
     def _forget_phrase(self) -> None:
         """Takes back what the last token noted. A place that had been pushed out is not missed: it was too old, or

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 # Type names beside those of JSON schema are what people write; models were trained on them too.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -170,7 +170,7 @@ def _number(text: str) -> int | float | None:
 def _structure(text: str) -> Any:
     """JSON, else a Python literal made of JSON's types, else None."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         pass
     try:
@@ -182,7 +182,12 @@ def _structure(text: str) -> Any:
         return None
 
 
-def _refuse(constant: str) -> Any:
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 

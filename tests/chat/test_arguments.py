@@ -57,6 +57,7 @@ CASES: list[tuple[Any, str, Any]] = [
     (NUMBER, "12345678901234567890", 12345678901234567890),
     (NUMBER, "1e300", 1e300),
     (NUMBER, "1e999", "1e999"),
+    (OBJECT, '{"k": [1e999]}', '{"k": [1e999]}'),
     (NUMBER, "nan", "nan"),
     (NUMBER, "-Infinity", "-Infinity"),
     (NUMBER, "1_0.5", "1_0.5"),
