@@ -193,6 +193,18 @@ def _add_limits(parser: argparse.ArgumentParser, server: ServerSettings) -> None
     )
     group.add_argument("--max-output-tokens", type=int, metavar="N", help="longest answer, thought included")
     group.add_argument(
+        "--max-thinking-tokens", type=int, metavar="N", help="longest thought, where a request does not say"
+    )
+    group.add_argument(
+        "--max-task-thinking-tokens",
+        type=int,
+        metavar="N",
+        help="of all thoughts since the last message of the user, where a request does not say",
+    )
+    group.add_argument(
+        "--no-loop-guard", action="store_true", help="let thoughts go on that repeat themselves over and over"
+    )
+    group.add_argument(
         "--max-body-mb",
         type=float,
         default=server.max_body_bytes / 2**20,
@@ -221,6 +233,9 @@ def _server_settings(args: argparse.Namespace) -> ServerSettings:
         cors_origins=tuple(args.cors_origin),
         max_body_bytes=int(args.max_body_mb * 2**20),
         max_output_tokens=args.max_output_tokens,
+        max_thinking_tokens=args.max_thinking_tokens,
+        max_task_thinking_tokens=args.max_task_thinking_tokens,
+        stops_thinking_loops=not args.no_loop_guard,
         max_open_answers=args.max_open_answers,
         max_requests_per_client=args.max_requests_per_client,
         requests_per_minute=args.requests_per_minute,

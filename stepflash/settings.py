@@ -58,7 +58,8 @@ class ServerSettings:
     `api_keys` are "KEY" or "KEY NAME". `cors_origins`: web pages that may use the API. The limits per client (a key,
     or an address where there are no keys) are off if None; `max_open_answers` run and wait in all, then 429 or
     529 is the answer. `is_canonical` takes known noise of clients out of prompts (see
-    `stepflash.chat.canonical`); False renders them as they come.
+    `stepflash.chat.canonical`); False renders them as they come. The limits of thoughts hold where a request says
+    nothing of its own.
     """
 
     host: str = "127.0.0.1"
@@ -96,6 +97,10 @@ class ServerSettings:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
                 raise ConfigError(f"cors_origin must be as in 'https://chat.example', got {origin!r}")
+        for name in ("max_thinking_tokens", "max_task_thinking_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must be 0 (no thoughts) or more, got {value}")
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -121,7 +121,9 @@ class ScriptedEngine:
                 script = [*forced, *(script[script.index(end) + 1 :] if end in script else ())]
             token_id, *script = script
             if not allows(constraint.mask(), token_id):
-                raise RequestError(f"the constraint forbids {decode([token_id])!r} behind {decode(written)!r}")
+                raise RequestError(
+                    f"the constraint forbids {decode([token_id])!r} behind {decode(written)!r}"
+                )
             written.append(token_id)
             if token_id not in self.tokenizer.eos_token_ids:
                 constraint.accept(token_id)

@@ -112,7 +112,7 @@ class Session:
             )
         limit = self._thought_limit(thinking, task.num_thought_tokens if task else 0) if thinks else None
         return Prompt(
-            request=replace(request, constraint=_both(limit, grammar)),
+            request=self._with(request, limit, grammar),
             # Without a grammar, one that begins its thought all the same is understood; with one, tags are text.
             in_reasoning=thinks or grammar is not None,
             tools=tools,
@@ -144,6 +144,15 @@ class Session:
             in_thought=thinks,
             may_end_in_thought=answer_format is None and not calls.demanded,
         )
+
+    def _with(self, request: Request, limit: ThoughtLimit | None, grammar: AnswerGrammar | None) -> Request:
+        """The request under its constraints."""
+        if grammar is not None and request.sampling.ignore_eos:
+            raise RequestError(
+                "ignore_eos: an answer in a format ends where the format does", param="ignore_eos"
+            )
+        parts: list[Constraint] = [part for part in (limit, grammar) if part is not None]
+        return replace(request, constraint=AllOf(parts) if len(parts) > 1 else next(iter(parts), None))
 
     def _thought_limit(self, thinking: Thinking, num_thought_in_task: int) -> ThoughtLimit | None:
         if not self._takes_constraints:
@@ -193,7 +202,7 @@ class Session:
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         grammar = self._grammar((), FREE_CALLS, answer_format, thinks=False)
-        request = replace(self._request(token_ids, sampling, ()), constraint=grammar)
+        request = self._with(self._request(token_ids, sampling, ()), None, grammar)
         return Prompt(request=request, parse=False, in_reasoning=False)
 
     def lookup(self, prompt: Prompt) -> CacheLookup | None:
@@ -266,11 +275,6 @@ def as_choice(prompt: Prompt, index: int) -> Prompt:
             prompt.request, request_id=new_request_id(), sampling=sampling, constraint=constraint
         ),
     )
-
-
-def _both(limit: ThoughtLimit | None, grammar: AnswerGrammar | None) -> Constraint | None:
-    parts: list[Constraint] = [part for part in (limit, grammar) if part is not None]
-    return AllOf(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def new_request_id() -> str:

@@ -212,7 +212,7 @@ def test_the_model_thinks_before_a_demanded_call(api: str, stream: bool, choice:
 def test_demanded_calls_allow_nothing_else(api: str, answer: str) -> None:
     text = f"Thought\n</think>\n{answer}{END}"
     assert post(scripted_session(text), api, body_of(api, tool_choice="any")).status_code == 500
-    assert "forbids" in post(scripted_session(text), api, body_of(api, tool_choice="named")).text
+    assert "the constraint" in post(scripted_session(text), api, body_of(api, tool_choice="named")).text
 
 
 @APIS
@@ -283,9 +283,8 @@ def test_the_freeform_tool_of_the_responses_api_keeps_to_its_grammar() -> None:
     item = answer("*** Begin\n+x").json()["output"][-1]
     assert (item["type"], item["input"]) == ("custom_tool_call", "*** Begin\n+x")
     assert answer("+x").status_code == 500
-    assert (
-        "forbids 'N'" in answer("*** Begin\n+x", tool_choice={"type": "custom", "name": "apply_patch"}).text
-    )
+    demanded = answer("*** Begin\n+x", tool_choice={"type": "custom", "name": "apply_patch"})
+    assert "the constraint dictates '<tool_call>" in demanded.text
 
 
 # Refused before anything runs
@@ -455,10 +454,8 @@ def test_a_budget_of_the_task_survives_turns_of_tools(api: str) -> None:
 @APIS
 def test_the_server_may_set_limits_for_clients_that_cannot(api: str) -> None:
     text = f"A thought that is too long\n</think>\nAnswer{END}"
-    for settings, reason in (
-        ({"max_thinking_tokens": 9}, "budget"),
-        ({"max_task_thinking_tokens": 9}, "task_budget"),
-    ):
-        client = client_of(scripted_session(text), **settings)
+    cases = (("max_thinking_tokens", "budget"), ("max_task_thinking_tokens", "task_budget"))
+    for name, reason in cases:
+        client = client_of(scripted_session(text), **{name: 9})
         details = read(api, client.post(PATHS[api], json=body_of(api)))[2]
         assert (details["thinking_cut"], details["thinking_budget_tokens"]) == (reason, 9)
