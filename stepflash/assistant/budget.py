@@ -6,9 +6,10 @@ free, then the tokens of the closing are dictated one by one, and behind them it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from stepflash.assistant.loops import LoopDetector
 from stepflash.chat.thought_end import THINK_END, advance
@@ -93,6 +94,12 @@ class ThoughtLimit:
         )
         self._end: int | None = None  # number of accepted tokens with which the thought ended
         self._cut()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThoughtLimit:
+        twin = copy.copy(self)  # what is never changed may be shared, a whole tokenizer among it
+        twin._progress = list(self._progress)
+        twin._loops = copy.deepcopy(self._loops, memo)
+        return twin
 
     @property
     def budget(self) -> int | None:

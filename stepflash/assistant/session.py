@@ -155,12 +155,9 @@ class Session:
         return replace(request, constraint=AllOf(parts) if len(parts) > 1 else next(iter(parts), None))
 
     def _thought_limit(self, thinking: Thinking, num_thought_in_task: int) -> ThoughtLimit | None:
+        # Agents send a level of effort with every request, so where none can be kept, none is refused; the usage
+        # then says that there was no limit.
         if not self._takes_constraints:
-            if thinking.max_tokens is not None or thinking.task_tokens is not None:
-                raise RequestError(
-                    "the engine behind this server cannot limit how long it thinks",
-                    code="unsupported_parameter",
-                )
             return None
         return thought_limit(thinking, self.tokenizer, num_thought_in_task)
 

@@ -85,6 +85,9 @@ def test_the_session_bounds_thoughts_alone() -> None:
         assert constraint.mask() is None
         constraint.accept(token_id)
     assert session.tokenizer.decode(constraint.forced()) == f"{CLOSING_TEXT}</think>"
-    assert as_choice(prompt, 1).request.constraint is not constraint
+    twin = as_choice(prompt, 1).request.constraint
+    assert isinstance(twin, ThoughtLimit)
+    constraint.accept(session.tokenizer.think_end_id or 0)
+    assert (list(constraint.forced()), len(list(twin.forced()))) == ([], len(CLOSING_TEXT) + 1)
     unbounded = session.prepare(HELLO, SamplingParams(), thinking=NO_THOUGHT)
     assert unbounded.request.constraint is None
