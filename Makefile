@@ -7,7 +7,7 @@ MODEL ?= nano
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: serve chat test test-slow test-interop lint check bench train clean help
+.PHONY: serve chat test test-slow test-interop test-clients test-page lint check bench train clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ :/'
@@ -48,6 +48,23 @@ test-interop:  ## our exports in llama.cpp and transformers (their own environme
 	$(INTEROP)/bin/pip install --quiet '$(TORCH)' --editable '.[dev]' transformers==5.24.0
 	STEPFLASH_LLAMA_LIB=$${STEPFLASH_LLAMA_LIB:-$$($(INTEROP)/bin/python benchmarks/llama_cpp.py)} \
 		OMP_NUM_THREADS=2 $(INTEROP)/bin/python -m pytest -rs -s tests/interop
+
+CLIENTS ?= $(HOME)/.cache/stepflash/clients
+NPM_PACKAGES = node@22 @anthropic-ai/claude-code @openai/codex opencode-ai @musistudio/claude-code-router@2.0.0
+test-clients: $(VENV)/.development  ## Claude Code, Codex, opencode, claude-code-router, the SDKs and a browser, on loopback
+	$(PIP) openai anthropic playwright
+	mkdir -p $(CLIENTS)
+	for package in $(NPM_PACKAGES); do \
+		npm install --prefix $(CLIENTS) --no-fund --no-audit --loglevel=error $$package \
+			|| echo "$$package cannot be installed here; its tests will be skipped"; \
+	done
+	STEPFLASH_CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -rs -m client
+
+test-page: $(VENV)/.development  ## the chat page in headless Chromium (Debian: apt-get install chromium)
+	$(PIP) playwright
+	command -v chromium > /dev/null || apt-get install -y --no-install-recommends chromium \
+		|| echo 'there is no chromium; the tests of the page will be skipped'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs tests/server/test_page.py
 
 bench: $(VENV)/.runtime  ## decode and prefill speed of MODEL on this machine
 	$(BIN)/stepflash bench decode $(MODEL)

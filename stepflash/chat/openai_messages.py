@@ -30,7 +30,7 @@ def messages_from_openai(messages: Iterable[Message | Mapping[str, Any]]) -> tup
     """Read a list of messages; `Message` values pass unchanged.
 
     Content parts are joined without a separator, `developer` is `system`, and a thought may be called
-    `reasoning_content` or `reasoning`.
+    `reasoning_content`, `reasoning` or, by claude-code-router, `thinking.content`.
 
     Raises:
         RequestError: a field is missing, of a wrong type, or not text.
@@ -100,6 +100,8 @@ def _message(message: Any, path: str) -> Message:
     reasoning = _optional_text(fields, "reasoning_content", path)
     if reasoning is None and is_assistant:
         reasoning = _optional_text(fields, "reasoning", path)
+    if reasoning is None and is_assistant and isinstance(thinking := fields.get("thinking"), Mapping):
+        reasoning = _optional_text(thinking, "content", f"{path}.thinking")
     return Message(
         role=role,
         content=_text(content, f"{path}.content"),

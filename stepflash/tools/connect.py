@@ -1,7 +1,8 @@
-"""`stepflash clients NAME`: the exact configuration of a coding agent for a server of ours.
+"""`stepflash clients NAME`: the exact configuration of a coding agent for a server of ours; `--test` runs it.
 
 Model name and context come from the running server, or from the options if both are given. What each client needs
-is a function from a `Target` to text; what stands there was measured on the clients themselves.
+is a function from a `Target` to text; what stands there was measured on the clients themselves, and
+`stepflash.tools.client_check` runs them with just that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from stepflash.errors import ConfigError
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 5.0
 OUTPUT_TOKENS = 32_000
 MIN_CONTEXT_TOKENS = 32_768  # below, an agent's first prompt leaves no room for work
@@ -103,9 +105,15 @@ def claude_code_router(target: Target) -> str:
         "api_base_url": f"{target.base_url}/v1/chat/completions",
         "api_key": target.api_key,
         "models": [target.model],
+        # Usage must be asked for, or Claude Code never knows how full its context is; and without "reasoning" the
+        # router keeps the thoughts to itself, so that every answer is read anew in the next turn.
+        "transformer": {"use": ["streamoptions", "reasoning"]},
     }
     config = {"Providers": [provider], "Router": {"default": f"stepflash,{target.model}"}}
-    return "// ~/.claude-code-router/config.json; then: ccr code\n" + json.dumps(config, indent=2)
+    variables = f"CLAUDE_CODE_MAX_CONTEXT_TOKENS={target.context_tokens}"
+    return f"// ~/.claude-code-router/config.json; then: {variables} ccr code\n" + json.dumps(
+        config, indent=2
+    )
 
 
 CLIENTS: Mapping[str, Callable[[Target], str]] = {
@@ -119,17 +127,26 @@ CLIENTS: Mapping[str, Callable[[Target], str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `stepflash clients`."""
     parser.add_argument("client", choices=CLIENTS, metavar="CLIENT", help=f"one of {', '.join(CLIENTS)}")
-    parser.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="of the server (%(default)s)"
-    )
+    parser.add_argument("--base-url", metavar="URL", help=f"of the server ({DEFAULT_URL})")
     parser.add_argument("--api-key", default=NO_KEY, metavar="KEY", help="the key to use, if it has any")
     parser.add_argument("--model", metavar="NAME", help="the served name; default: ask the server")
     parser.add_argument("--context", type=int, metavar="N", help="its context in tokens; default: ask")
+    parser.add_argument(
+        "--test",
+        action="store_true",
+        help="run the client through a small task with files, in a folder and a home of its own; against the server "
+        "at --base-url, or else one with a scripted model that is started for it",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the configuration."""
-    target = find_target(options.base_url, options.api_key, options.model, options.context)
+    """Print the configuration, or test it."""
+    if options.test:
+        from stepflash.tools.client_check import run_check
+
+        return run_check(options)
+    base_url = options.base_url or DEFAULT_URL
+    target = find_target(base_url, options.api_key, options.model, options.context)
     print(CLIENTS[options.client](target))
     if target.context_tokens < MIN_CONTEXT_TOKENS:
         print(

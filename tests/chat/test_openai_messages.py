@@ -35,6 +35,7 @@ def test_a_conversation_as_clients_send_it() -> None:
                 "content": [{"type": "text", "text": "x", "cache_control": {}}],
             },
             {"role": "assistant", "content": "yes", "reasoning": "so"},
+            {"role": "assistant", "content": "yes", "thinking": {"content": "so", "signature": "1"}},
             {
                 "role": "assistant",
                 "content": "yes",
@@ -56,6 +57,7 @@ def test_a_conversation_as_clients_send_it() -> None:
             tool_calls=(ToolCall(id="call_1", name="f", arguments={"a": [1, "é"]}),),
         ),
         Message(role="tool", content="x", tool_call_id="call_1"),
+        Message(role="assistant", content="yes", reasoning="so"),
         Message(role="assistant", content="yes", reasoning="so"),
         Message(role="assistant", content="yes"),
         Message(role="assistant", tool_calls=(ToolCall(name="f"),)),
@@ -85,6 +87,7 @@ def made_call(**function: Any) -> dict[str, Any]:
         ({"role": "user", "content": ["a", {"type": "image_url"}]}, ".content[1].type", "reads text only"),
         (assistant(reasoning_content=5), ".reasoning_content", "must be a string, not int"),
         (assistant(reasoning={}), ".reasoning", "must be a string, not dict"),
+        (assistant(thinking={"content": 5}), ".thinking.content", "must be a string, not int"),
         (assistant(tool_calls={}), ".tool_calls", "must be a list"),
         (assistant(tool_calls=[{}]), ".tool_calls[0].function", "must be an object, not NoneType"),
         (made_call(name=""), ".tool_calls[0].function.name", "must be a name"),

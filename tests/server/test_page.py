@@ -36,7 +36,12 @@ FLAGS = [
     "--disable-sync",
 ]
 SCREENSHOTS = os.environ.get("STEPFLASH_SCREENSHOTS")
-CALL = "<tool_call>\n<function=calculate>\n<parameter=expression>\n6 * 7\n</parameter>\n</function>\n</tool_call>"
+CALL = "<tool_call>\n<function=calculator>\n<parameter=expression>\n6 * 7\n</parameter>\n</function>\n</tool_call>"
+QUESTIONS = (
+    "Sort these words: pear, apple, fig, cherry",
+    "Tom has 12 apples. He gives 5 to Ann. How many apples are left?",
+    "What is 384 * 27?",
+)
 ATTACK = """<img src=x onerror="window.hit=1"><script>window.hit=1</script> [a](javascript:window.hit=1)
 `<b>` **bold** and [docs](https://example.org/x_y) <https://example.org>
 
@@ -176,11 +181,11 @@ def test_tools_run_in_the_page(open_page: Callable[..., Any]) -> None:
         ask(page, "What is 6 * 7?")
         expect_answer(page, "It is 42.")
         call = page.locator("details.call")
-        assert call.locator("summary").inner_text() == 'calculate {"expression": "6 * 7"} \u2192 42'
+        assert call.locator("summary").inner_text() == 'calculator {"expression": "6 * 7"} \u2192 42'
         call.locator("summary").click()
         assert call.locator("pre").all_inner_texts() == ['{\n  "expression": "6 * 7"\n}', "42"]
     first, second = (session.tokenizer.decode(r.prompt_token_ids) for r in engine_of(session).requests)
-    assert '"name": "calculate"' in first
+    assert '"name": "calculator"' in first
     assert "<tool_response>42</tool_response>" in second
 
 
@@ -358,16 +363,16 @@ def test_screenshots(open_page: Callable[..., Any]) -> None:
         with serving(app) as url:
             for name, options in shots.items():
                 page = open_page(url, **options)
-                page.evaluate(
-                    "localStorage.setItem('stepflash-settings', JSON.stringify({tools: true, temperature: '0'}))"
-                )
-                page.reload()
-                for text in ("Sort these words: pear, apple, fig, cherry", "What is 384 * 27?"):
-                    count = page.locator(".foot button").count()
+                for text in QUESTIONS:
+                    # Only the last is for a calculator.
+                    settings = {"temperature": "0", "tools": text == QUESTIONS[-1]}
+                    page.evaluate(
+                        "s => localStorage.setItem('stepflash-settings', JSON.stringify(s))", settings
+                    )
+                    page.reload()
                     ask(page, text)
                     sync_api.expect(page.locator("#stop")).to_be_visible()
                     sync_api.expect(page.locator("#stop")).to_be_hidden()
-                    assert count <= page.locator(".foot button").count()
                 page.wait_for_timeout(300)
                 page.screenshot(path=folder / f"{name}.png")
                 if name == "page-light":

@@ -73,6 +73,8 @@ def test_the_others_are_json(client: str, capsys: pytest.CaptureFixture[str]) ->
     else:
         (provider,) = config["Providers"]
         assert provider["api_base_url"] == "http://box:9000/v1/chat/completions"
+        assert provider["transformer"] == {"use": ["streamoptions", "reasoning"]}
+        assert "CLAUDE_CODE_MAX_CONTEXT_TOKENS=100000 ccr code" in comment
         assert config["Router"]["default"] == f"{provider['name']},{provider['models'][0]}"
 
 

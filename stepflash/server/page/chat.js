@@ -223,7 +223,7 @@ function speed(usage, firstAt) {
 function requestBody() {
   const messages = settings.system ? [{ role: "system", content: settings.system }, ...conversation] : conversation;
   const body = {
-    model: model.id,
+    ...(model.id && { model: model.id }), // not known yet: the server has only one
     messages,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },

@@ -4,7 +4,7 @@ export const definitions = [
   {
     type: "function",
     function: {
-      name: "calculate",
+      name: "calculator",
       description: "Compute the value of an arithmetic expression with + - * / % ^ and parentheses.",
       parameters: {
         type: "object",
@@ -16,7 +16,7 @@ export const definitions = [
   {
     type: "function",
     function: {
-      name: "current_time",
+      name: "get_time",
       description: "The current date and time.",
       parameters: {
         type: "object",
@@ -30,8 +30,8 @@ export const definitions = [
 export function run(name, argumentsText) {
   try {
     const args = JSON.parse(argumentsText || "{}");
-    if (name === "calculate") return String(evaluate(String(args.expression)));
-    if (name === "current_time") return time(args.timezone);
+    if (name === "calculator") return String(evaluate(String(args.expression)));
+    if (name === "get_time") return time(args.timezone);
     return `error: there is no tool ${name}`;
   } catch (error) {
     return `error: ${error.message}`;
