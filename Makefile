@@ -55,7 +55,7 @@ test-clients: $(VENV)/.development  ## Claude Code, Codex, opencode, claude-code
 	$(PIP) openai anthropic playwright
 	mkdir -p $(CLIENTS)
 	for package in $(NPM_PACKAGES); do \
-		npm install --prefix $(CLIENTS) --no-fund --no-audit --loglevel=error $$package \
+		PATH="$(CLIENTS)/node_modules/.bin:$$PATH" npm install --prefix $(CLIENTS) --no-fund --no-audit --loglevel=error $$package \
 			|| echo "$$package cannot be installed here; its tests will be skipped"; \
 	done
 	STEPFLASH_CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -rs -m client

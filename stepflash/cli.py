@@ -175,6 +175,11 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--log-prompts", action="store_true", help="put the prompts into the log")
     group.add_argument(
+        "--keep-client-noise",
+        action="store_true",
+        help="render prompts as they come; what clients change for no reason then costs cached prefixes",
+    )
+    group.add_argument(
         "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces there (needs stepflash[otel])"
     )
 
@@ -243,6 +248,7 @@ def _server_settings(args: argparse.Namespace) -> ServerSettings:
         drain_seconds=args.drain_seconds,
         log_format=args.log_format,
         log_prompts=args.log_prompts,
+        is_canonical=not args.keep_client_noise,
         otlp_endpoint=args.otlp_endpoint,
     )
 

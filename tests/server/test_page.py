@@ -37,11 +37,6 @@ FLAGS = [
 ]
 SCREENSHOTS = os.environ.get("STEPFLASH_SCREENSHOTS")
 CALL = "<tool_call>\n<function=calculator>\n<parameter=expression>\n6 * 7\n</parameter>\n</function>\n</tool_call>"
-QUESTIONS = (
-    "Sort these words: pear, apple, fig, cherry",
-    "Tom has 12 apples. He gives 5 to Ann. How many apples are left?",
-    "What is 384 * 27?",
-)
 ATTACK = """<img src=x onerror="window.hit=1"><script>window.hit=1</script> [a](javascript:window.hit=1)
 `<b>` **bold** and [docs](https://example.org/x_y) <https://example.org>
 
@@ -128,6 +123,7 @@ def test_a_thought_is_folded_and_the_figures_are_shown(open_page: Callable[..., 
         # What was said is there after a reload, and goes along with the next message.
         page.reload()
         expect_answer(page, "It is 391.")
+        sync_api.expect(page.locator(".foot")).to_contain_text("drafts accepted")
         ask(page, "Again")
         sync_api.expect(page.locator(".answer")).to_have_count(2)
         expect_answer(page, "It is 391.")
@@ -354,25 +350,23 @@ def test_screenshots(open_page: Callable[..., Any]) -> None:
     assert SCREENSHOTS is not None
     folder = Path(SCREENSHOTS)
     shots = {
-        "page-light": {"viewport": {"width": 1100, "height": 700}},
-        "page-dark": {"viewport": {"width": 1100, "height": 700}, "color_scheme": "dark"},
-        "page-phone": {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2},
+        "page-light": {"viewport": {"width": 1000, "height": 640}},
+        "page-dark": {"viewport": {"width": 1000, "height": 640}, "color_scheme": "dark"},
+        "page-phone": {"viewport": {"width": 390, "height": 760}, "device_scale_factor": 2},
     }
     with open_session("nano", EngineSettings(max_num_seqs=2, kv_cache_gb=0.25)) as local:
         app = create_app(local.session, "nano", defaults=local.sampling)
         with serving(app) as url:
             for name, options in shots.items():
                 page = open_page(url, **options)
-                for text in QUESTIONS:
-                    # Only the last is for a calculator.
-                    settings = {"temperature": "0", "tools": text == QUESTIONS[-1]}
-                    page.evaluate(
-                        "s => localStorage.setItem('stepflash-settings', JSON.stringify(s))", settings
-                    )
-                    page.reload()
-                    ask(page, text)
-                    sync_api.expect(page.locator("#stop")).to_be_visible()
-                    sync_api.expect(page.locator("#stop")).to_be_hidden()
+                settings = {"temperature": "0", "tools": True}
+                page.evaluate("s => localStorage.setItem('stepflash-settings', JSON.stringify(s))", settings)
+                page.reload()
+                ask(page, "Compute 512 * 33")
+                expect_answer(page, "512*33 = 16896")
+                page.locator("details.call > summary").click()
+                page.locator("details.thought > summary").last.click()
+                page.locator("#input").focus()
                 page.wait_for_timeout(300)
                 page.screenshot(path=folder / f"{name}.png")
                 if name == "page-light":

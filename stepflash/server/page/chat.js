@@ -1,6 +1,6 @@
 // The chat page: one conversation with the server that served the page, over its public API.
 //
-// `conversation` is a list of messages exactly as the API takes them; `view` draws one message. Answers are
+// `conversation` is a list of messages as the API takes them, answers with their `figures`; `view` draws one message. Answers are
 // streamed into a message of that list, so that a stopped answer is simply a shorter one.
 
 import { markdown } from "./markdown.js";
@@ -121,8 +121,8 @@ class AnswerView {
     }
   }
 
-  foot(...children) {
-    this.footer.replaceChildren(...children);
+  foot(figures, ...notes) {
+    this.footer.replaceChildren(...figures.map((figure) => element("span", "", figure)), ...notes);
   }
 }
 
@@ -178,6 +178,7 @@ function draw() {
       view.update(message);
       view.fold(message);
       view.offerCopies();
+      view.foot(message.figures ?? []);
     }
   }
   if (view) offerAgain(view);
@@ -215,13 +216,14 @@ function speed(usage, firstAt) {
   }
   const cached = usage.prompt_tokens_details.cached_tokens;
   if (cached) parts.push(`${cached.toLocaleString()} of ${usage.prompt_tokens.toLocaleString()} prompt tokens cached`);
-  return parts.map((part) => element("span", "", part));
+  return parts;
 }
 
 // ---- talking to the server
 
 function requestBody() {
-  const messages = settings.system ? [{ role: "system", content: settings.system }, ...conversation] : conversation;
+  const messages = conversation.map(({ figures, ...message }) => message);
+  if (settings.system) messages.unshift({ role: "system", content: settings.system });
   const body = {
     ...(model.id && { model: model.id }), // not known yet: the server has only one
     messages,
@@ -294,7 +296,7 @@ async function answer(signal) {
   const show = () =>
     following(() => {
       view.update(message);
-      if (usage) view.foot(...speed(usage, firstAt));
+      if (usage) view.foot((message.figures = speed(usage, firstAt)));
       drawContext(usage);
     });
   const showSoon = oncePerFrame(show);
@@ -322,14 +324,15 @@ async function answer(signal) {
     }
     show();
     if (reason === null) throw new Error("the connection broke before the answer was complete");
-    if (reason === "length") view.foot(...speed(usage, firstAt), element("span", "", "cut at the token limit"));
+    if (reason === "length") message.figures?.push("cut at the token limit");
+    view.foot(message.figures ?? []);
     say(reason === "length" ? "The answer was cut at the token limit" : "Answer complete");
   } catch (error) {
     show();
     const isStop = error.name === "AbortError";
     reason = isStop ? "stopped" : "error";
     const note = element("span", isStop ? "" : "error", isStop ? "stopped" : error.message);
-    following(() => view.foot(...(usage ? speed(usage, firstAt) : []), note));
+    following(() => view.foot(message.figures ?? [], note));
     say(note.textContent);
     // A call that was cut has no valid arguments; an empty answer is no message.
     delete message.tool_calls;
