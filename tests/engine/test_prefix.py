@@ -56,7 +56,10 @@ def test_a_match_is_the_longest_remembered_prefix(
         snapshots = {4 * m for m in marks if 4 * m <= len(token_ids)}
         remember(cache, prefix, token_ids, snapshots)
         known |= {tuple(token_ids[:s]) for s in snapshots}
+    peeked = prefix.peek(query, 3)
     match = prefix.match(query, 3)
+    assert peeked.num_cached_tokens == match.num_tokens <= peeked.num_known_tokens
+    assert prefix.peek(query, 0).num_other_tokens == peeked.num_known_tokens
     best = max((n for n in range(len(query)) if tuple(query[:n]) in known), default=0)
     assert match.num_tokens == best
     assert len(match.full) == best // 4
