@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
 
 from stepflash.assistant.reader import Prompt
 from stepflash.errors import RequestError
 from stepflash.server.body import read_body
 from stepflash.server.cache_ledger import CacheReport, explain
+from stepflash.server.errors_by_path import message_response
 from stepflash.server.prompt_routes import PromptBody, conversation_of
 from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
@@ -35,24 +36,20 @@ class CacheRoutes:
         request_id, limit = request.query_params.get("request_id"), _limit(request)
         reports = list(self.service.cache_ledger.latest(current_record().client, request_id))
         if request_id is not None and not reports:
-            raise HTTPException(404, f"no request {request_id!r} of yours is remembered")
+            message = f"no request {request_id[:80]!r} of yours is remembered"
+            return message_response(request.url.path, 404, message, code="request_not_found")
         return JSONResponse({"requests": [self._explained(report) for report in reports[:limit]]})
 
     async def of_prompt(self, request: Request) -> Response:
         """What would come from the cache if this were sent now. Nothing is computed."""
         raw = await self.service.read(request)
         body = read_body(raw, PromptBody)
-
-        def compare() -> dict[str, Any]:
-            record = current_record()
-            prompt = self._prompt(body)
-            lookup = self.session.lookup(prompt)
-            token_ids = prompt.request.prompt_token_ids
-            return self._explained(
-                self.service.cache_ledger.compare(record.request_id, record.client, token_ids, lookup)
-            )
-
-        return JSONResponse(await self.service.prepared(compare, len(raw)))
+        prompt = await self.service.prepared(lambda: self._prompt(body), len(raw))
+        record = current_record()
+        report = self.service.cache_ledger.compare(
+            record.request_id, record.client, prompt.request.prompt_token_ids, self.session.lookup(prompt)
+        )
+        return JSONResponse(self._explained(report))
 
     def _prompt(self, body: PromptBody) -> Prompt:
         if body.content is not None:
@@ -69,6 +66,6 @@ class CacheRoutes:
 
 def _limit(request: Request) -> int:
     text = request.query_params.get("limit", "10")
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_SHOWN:
-        raise RequestError(f"limit must be between 1 and {MAX_SHOWN}, got {text!r}", param="limit")
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_SHOWN:
+        raise RequestError(f"limit must be between 1 and {MAX_SHOWN}, got {text[:80]!r}", param="limit")
     return int(text)

@@ -259,7 +259,9 @@ def test_a_prompt_can_be_asked_about_before_it_is_sent(client: Client) -> None:
     assert before["computed_tokens"] > 1000 > BLOCK >= after["computed_tokens"]
     assert after["kind"] == "hit"
     assert client.post("/cache/explain", json={}).status_code == 400
-    assert client.get("/cache/explain?request_id=nothing").status_code == 404
+    missing = client.get("/cache/explain?request_id=nothing")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "request_not_found")
+    assert client.get("/cache/explain?limit=" + "9" * 5000).status_code == 400
     assert client.get("/cache/explain?limit=0").status_code == 400
     assert client.get("/cache/explain?limit=x").json()["error"]["param"] == "limit"
 
