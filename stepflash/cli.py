@@ -401,7 +401,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "generate": ("one completion", _add_generate, _generate),
     "chat": ("chat in the terminal", _add_chat, _chat),
     "serve": ("serve the OpenAI and Anthropic APIs and a chat page", _add_serve, _serve),
-    "clients": ("the configuration of a coding agent for the server", *_tool("connect")),
+    "clients": ("the configuration of a coding agent for the server", *_tool("clients_command")),
     "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
     "convert": ("a model as GGUF or safetensors", *_tool("convert")),
     "quantize": ("a model in fewer bits, with a receipt", *_tool("quantize_command")),

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from stepflash.assistant.scripted_agent import END
 from stepflash.assistant.session import Session
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import BOS_TEXT, Tokenizer
@@ -20,8 +21,7 @@ from stepflash.engine.constraints import Constraint, allows
 from stepflash.engine.request import Output, Request, RequestStats, TokenLogprob
 from stepflash.errors import RequestError
 
-SPECIAL_TOKENS = (BOS_TEXT, "<|im_end|>", "<|im_start|>", "<think>", "</think>")
-END = "<|im_end|>"
+SPECIAL_TOKENS = (BOS_TEXT, END, "<|im_start|>", "<think>", "</think>")
 
 Script = Sequence[str] | Callable[[str], str]
 

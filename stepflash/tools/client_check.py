@@ -7,7 +7,6 @@ Without a server to test, one with a scripted model is started: then everything 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -34,7 +33,6 @@ from stepflash.tools.connect import (
     claude_code,
     claude_code_router,
     codex,
-    find_target,
     opencode,
 )
 
@@ -164,32 +162,6 @@ def find_program(client: str) -> str | None:
     return shutil.which(PROGRAMS[client].program, path=_path())
 
 
-def run_check(options: argparse.Namespace) -> int:
-    """What the command does.
-
-    Raises:
-        ConfigError: the client or the server is not there.
-        ClientFailed: the client did not do the task.
-    """
-    if find_program(options.client) is None:
-        program = PROGRAMS[options.client]
-        raise ConfigError(
-            f"{program.program} is not installed: npm install {program.package}, or make test-clients for all of them"
-        )
-    with contextlib.ExitStack() as stack:
-        if options.base_url is None:
-            print("a server with a scripted model is started for this; --base-url tests one of yours")
-            target = find_target(stack.enter_context(scripted_server()), options.api_key, None, None)
-        else:
-            target = find_target(options.base_url, options.api_key, options.model, options.context)
-        print(f"{options.client} works on a task with {target.model} at {target.base_url} ...", flush=True)
-        checked = check(options.client, target)
-    print(f"done in {checked.seconds:.1f} s by {checked.version}: {' '.join(checked.answer.split())}")
-    for line in _reuse_lines(checked.requests):
-        print(line)
-    return 0
-
-
 def check(client: str, target: Target) -> Checked:
     """Run a client through the task.
 
@@ -256,18 +228,6 @@ def scripted_server() -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _reuse_lines(requests: list[dict[str, Any]] | None) -> Iterator[str]:
-    """What the server's cache made of the requests."""
-    for number, request in enumerate(requests or (), 1):
-        nearest = request["nearest"]
-        known = (
-            "" if nearest is None else f", {nearest['shared_tokens']} as in an earlier request and its answer"
-        )
-        yield (
-            f"request {number}: {request['prompt_tokens']} tokens{known}, {request['cached_tokens']} from the cache"
-        )
 
 
 def _explained(target: Target) -> list[dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""`stepflash clients NAME`: the exact configuration of a coding agent for a server of ours; `--test` runs it.
+"""The exact configuration of a coding agent for a server of ours, as `stepflash clients NAME` prints it.
 
 Model name and context come from the running server, or from the options if both are given. What each client needs
 is a function from a `Target` to text; what stands there was measured on the clients themselves, and
@@ -7,11 +7,9 @@ is a function from a `Target` to text; what stands there was measured on the cli
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -20,10 +18,8 @@ from urllib.parse import urlsplit
 
 from stepflash.errors import ConfigError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 5.0
 OUTPUT_TOKENS = 32_000
-MIN_CONTEXT_TOKENS = 32_768  # below, an agent's first prompt leaves no room for work
 NO_KEY = "none"  # clients insist on a key; a server without keys takes any
 
 
@@ -122,39 +118,6 @@ CLIENTS: Mapping[str, Callable[[Target], str]] = {
     "opencode": opencode,
     "ccr": claude_code_router,
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `stepflash clients`."""
-    parser.add_argument("client", choices=CLIENTS, metavar="CLIENT", help=f"one of {', '.join(CLIENTS)}")
-    parser.add_argument("--base-url", metavar="URL", help=f"of the server ({DEFAULT_URL})")
-    parser.add_argument("--api-key", default=NO_KEY, metavar="KEY", help="the key to use, if it has any")
-    parser.add_argument("--model", metavar="NAME", help="the served name; default: ask the server")
-    parser.add_argument("--context", type=int, metavar="N", help="its context in tokens; default: ask")
-    parser.add_argument(
-        "--test",
-        action="store_true",
-        help="run the client through a small task with files, in a folder and a home of its own; against the server "
-        "at --base-url, or else one with a scripted model that is started for it",
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Print the configuration, or test it."""
-    if options.test:
-        from stepflash.tools.client_check import run_check
-
-        return run_check(options)
-    base_url = options.base_url or DEFAULT_URL
-    target = find_target(base_url, options.api_key, options.model, options.context)
-    print(CLIENTS[options.client](target))
-    if target.context_tokens < MIN_CONTEXT_TOKENS:
-        print(
-            f"stepflash: warning: agents need about {MIN_CONTEXT_TOKENS} tokens of context, "
-            f"and {target.model} has {target.context_tokens}",
-            file=sys.stderr,
-        )
-    return 0
 
 
 def find_target(base_url: str, api_key: str, model: str | None, context_tokens: int | None) -> Target:
