@@ -221,8 +221,8 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
             begin, end = begins[k], begins[k] + known[j] + k - start
             work.rows, work.available, begins[k] = done.rows[k][begin:end], known[j] - (k == 0), end
             work.feeds.append((start, work.rows))
-            job.mtp.pending[k] = _exact_rows(work, start, known[j])
-            job.mtp.num_computed[k] = known[j]
+            job.mtp.num_computed[k] = max(start, known[j])  # the first slots of a module hold nothing
+            job.mtp.pending[k] = _exact_rows(work, start, job.mtp.num_computed[k])
         for k in range(len(modules), seq.num_modules):
             start = seq.mtp.num_computed[k]
             if k == len(modules):  # the first that stays behind has more to read now
