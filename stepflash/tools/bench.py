@@ -21,13 +21,23 @@ if TYPE_CHECKING:
 
 DECODE_CONTEXTS = (16, 2048)
 DEPTHS: tuple[int | None, ...] = (0, 3, None)
-# What `mtp` asks a model with a chat template; random ids have no structure that a draft could catch.
+# What `mtp` asks a model with a chat template; random ids have no structure that a draft could catch. The first
+# held-out prompt of every second or third task of nano: a small model has drafts only for what it knows.
 PROMPTS = (
-    "What is 47 + 85?",
-    "Sort these words: pear, apple, fig, cherry.",
-    "Write a Python function that returns the largest number of a list.",
-    "Which day of the week comes three days after Monday?",
-    "Repeat this sentence: the lamp stands on the small table.",
+    "How much is 66+728?",
+    "What is 7*672?",
+    "Calculate 156/3.",
+    "Eva has 41 tickets. Ida has 9 fewer. How many tickets does Ida have?",
+    "Order these numbers from low to high: 2, 75, 54, 34",
+    "Spell the word money.",
+    "How often is r in dinner?",
+    "Spell needle from the end.",
+    "Repeat after me: trostimster mokstam numsak Leo",
+    "What day of the week is 18 days before Sunday?",
+    "Which date comes 13 days after July 28?",
+    "What is the output of this Python code?\ndef f(x):\n    return x * 3\nprint(f(9))",
+    "My name is Jack.",
+    "What sound does a dog make?",
 )
 
 

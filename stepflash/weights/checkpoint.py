@@ -119,11 +119,6 @@ def is_packed(checkpoint: Checkpoint) -> bool:
     )
 
 
-def stores_blocks(checkpoint: Checkpoint) -> bool:
-    """True if some weights are stored in a quantised format that the kernels read as it is."""
-    return any(tensor.packed is not None for tensor in checkpoint.tensors.values())
-
-
 def compare(checkpoint: Checkpoint, config: ModelConfig) -> Comparison:
     """Missing, unexpected and misshapen tensors for `config`, which may have fewer MTP modules than the file."""
     expected = expected_tensors(config)

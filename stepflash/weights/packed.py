@@ -24,12 +24,14 @@ from torch import Tensor
 
 from stepflash.errors import ConfigError, WeightsError
 from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
+from stepflash.weights.names import layer_of
 from stepflash.weights.quantized import PackedWeight, Packer
 from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, PackedStorage, StoredTensor, TensorFile
 
 QUANT_METHOD, VERSION = "stepflash", 1
 SUFFIX = "qweight"
 STORED, PLAIN = "stored", "plain"  # values of load_model's `quantization` that are no formats
+FLOATS = ("F32", "F16", "BF16")
 SLAB_ELEMENTS = 1 << 20
 SLAB_ROWS = 128  # a multiple of every format's rows that share something: panels of 32, FP8 blocks of 128
 
@@ -184,6 +186,19 @@ def _values(
             done += piece.shape[0]
 
 
+def draft_formats(tensors: Mapping[str, StoredTensor], num_layers: int, name: str) -> dict[str, str]:
+    """The prediction modules' matrices that are stored as plain floats, each with this format; head gates stay."""
+    return {
+        tensor.name: name
+        for tensor in tensors.values()
+        if tensor.dtype_name in FLOATS
+        and is_packable(tensor.name)
+        and not tensor.name.endswith("g_proj.weight")
+        and (layer := layer_of(tensor.name)) is not None
+        and layer >= num_layers
+    }
+
+
 # ---- into the network ---------------------------------------------------------------------------------------
 
 
@@ -228,7 +243,7 @@ def format_of(stored: StoredTensor, name: str) -> Format:
     if name == STORED:
         if stored.packed is not None:
             return stored.packed.fmt
-        name = "bf16" if stored.dtype_name in ("F32", "F16", "BF16") else "int8"
+        name = "bf16" if stored.dtype_name in FLOATS else "int8"
     try:
         fmt = parse_format(name, stored.shape[-1])
     except ValueError as error:

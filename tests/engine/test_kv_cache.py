@@ -161,7 +161,7 @@ def test_paged_attention_equals_dense_attention(
     ]
     k, v = torch.randn(2, cu_seqlens[-1], kv_heads, dim, generator=generator)
     batch = SimpleNamespace(
-        slot_mapping=(torch.tensor(slots),),
+        slot_mapping=lambda group: torch.tensor(slots),
         block_tables=(tables,),
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
