@@ -63,9 +63,8 @@ class LLM:
         model: "nano", a folder, a .gguf file, a hub id, or a network that is already there.
         dtype: of the weights; "bfloat16" or "float32". Ignored for a network.
         quantization: a weight format to pack the weights in for the native kernels: "bf16", "fp8", "int8",
-            "int4" and others, "stored" or "plain", see `load_model`. None is "stored" for bfloat16
-            where the checkpoint has weights in a quantised format that the native kernels read (it then takes no
-            more memory than on disk).
+            "int4" and others, "stored" or "plain", see `load_model`. None is "stored" for bfloat16 where the
+            native kernels run, with the prediction modules' floats in int8: they only propose.
         tokenizer, chat_template: instead of the checkpoint's own.
         kv_dtype: of the KV cache, "int8" for instance; None is the weights'.
         others: see `EngineConfig`.

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepflash.errors import ConfigError, WeightsError
 from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
@@ -222,10 +222,18 @@ class StoredPacker(Packer):
     ) -> None:
         super().__init__(default, protect)
         self.tensors, self.on_pieces, self.on_done = tensors, on_pieces, on_done
+        self._unequal: set[str] = set()
+
+    def swiglu(self, prefix: str, gate: Tensor, up: Tensor, down: Tensor) -> nn.ModuleList:
+        """The kernels read gate and up in one format: where they are stored in two, both become bf16."""
+        pair = [f"{prefix}.{part}_proj.weight" for part in ("gate", "up")]
+        if len({format_of(self.tensors[name], self.format_name(name)) for name in pair}) > 1:
+            self._unequal.update(pair)
+        return super().swiglu(prefix, gate, up, down)
 
     def pack(self, name: str, weight: Tensor) -> PackedWeight:
         stored = self.tensors[name]
-        fmt = format_of(stored, self.format_name(name))
+        fmt = Format.BF16 if name in self._unequal else format_of(stored, self.format_name(name))
         pieces = pack_pieces(stored, fmt)
         if self.on_pieces is not None and stored.packed is not None and stored.packed.fmt == fmt:
             pieces = self.on_pieces(stored, pieces)
