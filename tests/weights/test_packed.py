@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepflash.engine.llm import LLM
+from stepflash.engine.request import SamplingParams
 from stepflash.errors import ConfigError
 from stepflash.gguf_file import GGML_TYPES, TYPE_IDS, GGUFTensor
 from stepflash.kernels.formats import Format, parse_format, quantize, unpack
@@ -106,7 +107,10 @@ def test_llm_keeps_the_stored_format(tmp_path: Path) -> None:
     formats = {n: w.fmt for n, w in llm.model.named_modules() if isinstance(w, PackedWeight)}
     # One of a pair of two formats would not do; what only proposes is in int8, head gates excepted.
     assert {formats[f"model.layers.3.feed_forward.experts.{i}"] for i in (0, 1)} == {Format.BF16}
-    assert {f for n, f in formats.items() if n.startswith("model.layers.9.")} == {Format.BF16, Format.INT8_G64}
+    assert {f for n, f in formats.items() if n.startswith("model.layers.9.")} == {
+        Format.BF16,
+        Format.INT8_G64,
+    }
     assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), progress=False)[0].token_ids
     assert packed_weight_bytes(LLM(tmp_path, quantization="plain").model) == 0
     assert packed_weight_bytes(LLM(MICRO).model) > 0
