@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -196,3 +198,90 @@ def test_a_dead_event_loop_does_not_hurt_others(new_core: NewCore) -> None:
         outputs = asyncio.run(read(engine, request("alive", [6] * 10, max_tokens=5)))
         assert outputs[-1].finish_reason == "length"
         asyncio.run(until_idle(engine))
+
+
+def test_an_abort_waits_for_the_running_step_and_no_longer(
+    new_core: NewCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a prompt of many steps: the step that runs is the last one that knows the request."""
+    core = new_core(max_num_batched_tokens=32, max_model_len=2048, kv_cache_bytes=64 << 20)
+    step, calls = core.step, [0]
+    entered, gate = threading.Event(), threading.Event()
+
+    def held_up() -> list[Output]:
+        calls[0] += 1
+        if calls[0] == 3:
+            entered.set()
+            assert gate.wait(20)
+        return step()
+
+    monkeypatch.setattr(core, "step", held_up)
+
+    async def main() -> None:
+        with Engine(core) as engine:
+            reading = asyncio.create_task(read(engine, request("long", [5] * 1900, max_tokens=5)))
+            await asyncio.to_thread(entered.wait, 20)
+            engine.abort("long")
+            gate.set()
+            outputs = await reading
+            assert outputs[-1].finish_reason == "abort"
+            assert outputs[-1].stats is not None
+            assert outputs[-1].stats.num_prefill_tokens == 3 * 32
+            assert calls == [3]
+            await until_idle(engine)
+            assert engine.stats().kv_used_bytes == engine.stats().kv_cached_bytes
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_thousand_streams_left_at_random_moments_hold_nothing(new_core: NewCore) -> None:
+    """Left before the first token, between tokens, by cancellation, by abort or at their end; forty at a time."""
+    core = new_core(max_num_batched_tokens=64, kv_cache_bytes=4 << 20)
+    chance = random.Random(7)
+    ends: Counter[str] = Counter()
+
+    async def one(engine: Engine, number: int, free: asyncio.Semaphore) -> None:
+        async with free:
+            prompt = [chance.randrange(3, 500) for _ in range(chance.randint(1, 40))]
+            depth = chance.choice([None, 0, 3])
+            asked = request(f"r{number}", prompt, max_tokens=chance.randint(1, 9), draft_depth=depth)
+            way = chance.choice(["cancel", "cancel", "abort", "abort", "close", "read"])
+            task = asyncio.create_task(read(engine, asked))
+            if way == "close":
+                task.cancel()
+                stream = engine.submit(request(f"s{number}", prompt, max_tokens=30))
+                for _ in range(chance.randint(1, 4)):
+                    await anext(stream, None)
+                await stream.aclose()  # type: ignore[attr-defined]
+            elif way != "read":
+                await asyncio.sleep(chance.random() * 0.02)
+                if way == "cancel":
+                    task.cancel()
+                else:
+                    engine.abort(asked.request_id)
+            try:
+                ends[(await task)[-1].finish_reason or ""] += 1
+            except asyncio.CancelledError:
+                ends["cancelled"] += 1
+
+    async def main() -> None:
+        with Engine(core) as engine:
+            free = asyncio.Semaphore(40)
+            await asyncio.gather(*(one(engine, number, free) for number in range(1000)))
+            await until_idle(engine)
+            assert engine.stats().kv_used_bytes == engine.stats().kv_cached_bytes
+
+            def check(owned: EngineCore) -> None:
+                owned.check_integrity()
+                assert owned.prefix is not None
+                owned.prefix.clear()
+                assert owned.cache.used_bytes == 0
+                assert owned.cache.num_free_rows == 8
+
+            engine.call(check).result(20)
+
+    asyncio.run(main())
+    assert sum(ends.values()) == 1000
+    assert set(ends) == {"length", "abort", "cancelled"}
+    assert min(ends.values()) > 50
