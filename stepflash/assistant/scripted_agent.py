@@ -26,7 +26,8 @@ _WRITERS = {
     "write_file": ("file_path", "content"),
 }
 _SHELLS = {"Bash": "command", "bash": "command", "exec_command": "cmd", "shell": "command"}
-DESCRIBED = {"bash": {"description": "Write the file"}, "Bash": {"description": "Write the file"}}
+_DESCRIPTION = {"description": "Do the task"}  # some shells insist on one
+_ALSO = {"Bash": _DESCRIPTION, "bash": _DESCRIPTION}
 
 
 def task(folder: str) -> str:
@@ -43,7 +44,13 @@ def start_file(number: int) -> str:
 
 
 def scripted_agent(prompt: str) -> str:
-    """The next answer of the model. What is not the task (a title, a summary) gets a short text."""
+    """The next answer of the model, with a thought if the prompt begins one. What is not the task (a title, a
+    summary) gets a short text."""
+    answer = _answer(prompt)
+    return answer if prompt.rstrip().endswith("<think>") else answer.partition("</think>\n")[2]
+
+
+def _answer(prompt: str) -> str:
     turns = _TURN.findall(prompt)
     asked = [i for i, (role, text) in enumerate(turns) if role == "user" and _TASK.search(text)]
     tools = _tool_names(prompt)
@@ -89,7 +96,7 @@ def _write(path: str, text: str, tools: set[str]) -> tuple[str, Mapping[str, Any
 def _shell(command: str, tools: set[str]) -> tuple[str, Mapping[str, Any]]:
     for name, parameter in _SHELLS.items():
         if name in tools:
-            return name, {parameter: command, **DESCRIBED.get(name, {})}
+            return name, {parameter: command, **_ALSO.get(name, {})}
     return "shell", {"command": command}  # the agent will say that there is no such tool
 
 
