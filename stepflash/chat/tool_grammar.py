@@ -13,6 +13,7 @@ enforced are passed over, as they are hints to the model (OpenAI's meaning of th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +29,6 @@ from stepflash.errors import BadSchema
 MAX_FREE_ORDER = 5
 CALLS_START = f"{CALL_START}\n<function="
 VALUE_END = f"\n{PARAMETER_END}\n"
-# Free text of an answer, up to where a call begins.
-_FREE = r"/(?s:.*)/ & ~/(?s:.*)<tool_call>\s*<function(?s:.*)/"
 _SCALARS = {
     "integer": "/-?(0|[1-9][0-9]{0,300})/",
     "number": "/-?(0|[1-9][0-9]{0,30})(\\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?/",
@@ -107,7 +106,7 @@ def answer_grammar(
         if tools:
             body = f"(@answer | {writer.calls(list(enumerate(tools)))})"
         return writer.grammar(f"{prefix} {body}")
-    writer.lines += [f"FREE: {_FREE}", f"BEFORE_CALL: FREE {json.dumps(CALLS_START)}"]
+    writer.lines += [f"FREE: {_free_text(tools)}", f"BEFORE_CALL: FREE {json.dumps(CALLS_START)}"]
     return writer.grammar(
         f"(BEFORE_CALL {writer.functions(list(enumerate(tools)), only_strict=True)})* FREE?"
     )
@@ -142,7 +141,7 @@ class _Writer:
                 bodies.append(f"tool_{index}")
         if any(body.startswith("loose") for body in bodies):
             call_end = json.dumps(CALL_END)
-            self.lines.append(f"LOOSE: (/(?s:.*)/ & ~/(?s:.*)<\\/tool_call>(?s:.*)/) {call_end}")
+            self.lines.append(f"LOOSE: (FREE & ~/(?s:.*)<\\/tool_call>(?s:.*)/) {call_end}")
         return f"({' | '.join(bodies)})"
 
     def _tool(self, index: int, tool: Tool) -> None:
@@ -261,6 +260,14 @@ class _Writer:
         if line not in self.lines:
             self.lines.append(line)
         return terminal
+
+
+def _free_text(tools: Sequence[Tool]) -> str:
+    """Text in which nobody would read a call, be it a malformed one that would be mended (see `tool_tags`)."""
+    names = "|".join(re.escape(tool.name).replace("/", "\\/") for tool in tools)
+    call = r"<tool_call>\s*<(function|parameter)"
+    bare = rf"<function[ \t]*=?[ \t]*[\"']?(name=[\"']?|function=)?({names})"
+    return f"/(?s:.*)/ & ~/(?s:.*)({call}|{bare})(?s:.*)/"
 
 
 def _is_writable(name: str) -> bool:

@@ -297,6 +297,16 @@ def test_a_strict_tool_holds_without_being_demanded() -> None:
     assert free is not None
     assert allows(free, "Text and " + written("count", n="5"))
     assert not allows(free, "Text and " + written("count", n="five"))
+    # Without its wrapper a call would be read all the same.
+    bare = written("count", n="five").removeprefix("<tool_call>\n")
+    for text in (
+        bare,
+        bare.replace("=", " ", 1),
+        bare.replace("=", "", 1),
+        f"<tool_call><parameter=count>{bare}",
+    ):
+        assert not allows(free, f"Text and {text}"), text
+    assert allows(free, "Text about <function=other> and <function>")
     assert answer_grammar([FREEFORM], CallRules(), None) is None
 
 
