@@ -20,7 +20,7 @@ FormatKind = Literal["json_schema", "regex", "lark"]
 
 # Between the tokens of JSON: nothing, a space, or a line break with its indentation. Unbounded white space is what
 # small models fall into and do not leave.
-WHITESPACE = r"([ ]|\n[ \t]{0,64})?"
+WHITESPACE = r"([ ]|\n[ \t]{0,24})?"
 KNOWN_FORMATS = frozenset(
     {"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )

@@ -1,7 +1,7 @@
 """The official openai package against the application: its types must accept everything that we send."""
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pydantic
@@ -173,3 +173,43 @@ def test_errors_of_responses_have_their_class() -> None:
         call = client_for("x").responses.create(**{"model": "scripted", "input": "hello", **options})
         with pytest.raises(error):
             asyncio.run(call)
+
+
+class Point(pydantic.BaseModel):
+    """With what pydantic's schemas are made of: references, unions with null, enumerations."""
+
+    class Label(pydantic.BaseModel):
+        text: str
+
+    x: int
+    color: Literal["red", "green"]
+    label: Label | None
+
+
+POINT = '{"x": 3, "color": "red", "label": {"text": "here"}}'
+POINT_CALL = (
+    "<tool_call>\n<function=Point>\n<parameter=x>\n3\n</parameter>\n<parameter=color>\nred\n</parameter>\n"
+    '<parameter=label>\n{"text": "here"}\n</parameter>\n</function>\n</tool_call>'
+)
+EXPECTED = Point(x=3, color="red", label=Point.Label(text="here"))
+
+
+def test_answers_parse_into_pydantic_models() -> None:
+    chat = client_for(f"t\n</think>\n{POINT}{END}").chat.completions
+    parsed = asyncio.run(chat.parse(model="scripted", messages=HELLO, response_format=Point))
+    assert parsed.choices[0].message.parsed == EXPECTED
+    responses = client_for(f"t\n</think>\n{POINT}{END}").responses
+    assert (
+        asyncio.run(responses.parse(model="scripted", input="hello", text_format=Point)).output_parsed
+        == EXPECTED
+    )
+
+
+def test_calls_of_strict_tools_parse_into_pydantic_models() -> None:
+    chat = client_for(f"t\n</think>\n{POINT_CALL}{END}").chat.completions
+    tools = [openai.pydantic_function_tool(Point)]
+    parsed = asyncio.run(chat.parse(model="scripted", messages=HELLO, tools=tools))
+    assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments == EXPECTED
+    wrong = client_for(f"t\n</think>\n{POINT_CALL.replace('red', 'blue')}{END}").chat.completions
+    with pytest.raises(openai.InternalServerError, match="the constraint"):
+        asyncio.run(wrong.parse(model="scripted", messages=HELLO, tools=tools))
