@@ -8,13 +8,14 @@ traceback as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stepflash.errors import StepflashError
 from stepflash.settings import (
@@ -27,6 +28,9 @@ from stepflash.settings import (
     did_you_mean,
     is_debug,
 )
+
+if TYPE_CHECKING:
+    from stepflash.assistant.local import LocalModel
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 MODEL_HELP = f"a folder, a .gguf file, a hub id or {DEFAULT_MODEL!r} (the default)"
@@ -151,6 +155,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="accept only requests with this key; may be given several times",
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="the name that clients use")
+    parser.add_argument(
+        "--upstream",
+        metavar="URL",
+        help="compute on this vLLM or SGLang server; MODEL gives tokenizer and template (docs/scale.md)",
+    )
+    parser.add_argument(
+        "--upstream-api-key",
+        metavar="KEY",
+        help="the key of that server; also from STEPFLASH_UPSTREAM_API_KEY",
+    )
     _add_access(parser)
     _add_limits(parser, server)
     _add_engine(parser)
@@ -363,18 +377,31 @@ def _serve(args: argparse.Namespace) -> int:
     engine_settings = _engine_settings(args)
     settings = _server_settings(args)
 
-    from stepflash.assistant.local import open_session
     from stepflash.server import logs, tracing
     from stepflash.server.app import create_app
     from stepflash.server.run import listen, run_server
 
     logs.configure(settings)
     exporter = tracing.span_exporter(settings.otlp_endpoint) if settings.otlp_endpoint else None
-    with listen(settings) as listener, open_session(args.model, engine_settings) as local:
+    with listen(settings) as listener, _open_engine(args, engine_settings) as local:
         name = args.served_model_name or local.name
         on_closed = () if exporter is None else (exporter,)
         app = create_app(local.session, name, settings=settings, defaults=local.sampling, on_closed=on_closed)
         return run_server(app, listener, settings, name)
+
+
+def _open_engine(
+    args: argparse.Namespace, settings: EngineSettings
+) -> contextlib.AbstractContextManager[LocalModel]:
+    """The model on this machine, or one that another server computes."""
+    if args.upstream is None:
+        from stepflash.assistant.local import open_session
+
+        return open_session(args.model, settings)
+    from stepflash.assistant.remote import open_remote_session
+
+    key = args.upstream_api_key or os.environ.get("STEPFLASH_UPSTREAM_API_KEY") or None
+    return contextlib.nullcontext(open_remote_session(args.model, args.upstream, settings, api_key=key))
 
 
 def _inspect(args: argparse.Namespace) -> int:

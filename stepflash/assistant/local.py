@@ -67,7 +67,7 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     )
     with Engine(llm.core) as engine:
         session = Session(engine, tokenizer, template, max_context_tokens=llm.core.max_model_len)
-        yield LocalModel(session=session, name=_name(model, path), sampling=sampling)
+        yield LocalModel(session=session, name=model_name(model, path), sampling=sampling)
 
 
 def default_sampling(path: Path) -> SamplingParams:
@@ -93,6 +93,6 @@ def default_sampling(path: Path) -> SamplingParams:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _name(model: str, path: Path) -> str:
+def model_name(model: str, path: Path) -> str:
     """What clients call it: what the user typed, or the name of the folder or file it is."""
     return path.resolve().name if Path(model).expanduser().exists() else model

@@ -12,16 +12,18 @@ from stepflash.errors import WeightsError
 
 NANO = "nano"
 NANO_FOLDER = Path(__file__).resolve().parents[1] / "nano" / "weights"
-NEEDED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+SMALL_FILES = ["*.json", "*.jinja"]
+NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_GGUF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)")
 _FIRST_PART = re.compile(r"(?P<prefix>.+)-00001-of-(?P<count>\d{5})\.gguf")
 
 
-def resolve_model(name: str | Path, revision: str | None = None) -> Path:
+def resolve_model(name: str | Path, revision: str | None = None, *, needs_weights: bool = True) -> Path:
     """The folder or .gguf file that `name` stands for, downloaded if it is not on this machine yet.
 
     Args:
+        needs_weights: False downloads of a hub id only what tells how to talk to the model.
         name: a folder, a .gguf file, "nano", a hub id `owner/name`, or `owner/name/FILE.gguf` on the hub.
         revision: branch, tag or commit of a hub id; the default branch otherwise.
     Raises:
@@ -41,7 +43,7 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         if match := _HUB_GGUF.fullmatch(text):
             return _download(match["repo"], revision, match["file"])
         if _HUB_ID.fullmatch(text) and path.suffix != ".gguf":
-            return _download(text, revision, None)
+            return _download(text, revision, None, needs_weights)
     raise WeightsError(
         f"{text!r} is neither a folder, nor a .gguf file, nor a hub id such as stepfun-ai/Step-3.5-Flash "
         "(nor the built-in 'nano')"
@@ -62,12 +64,12 @@ def _model_in(folder: Path) -> Path:
     return models[0] if models else folder
 
 
-def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
+def _download(repo: str, revision: str | None, gguf_file: str | None, needs_weights: bool = True) -> Path:
     import huggingface_hub
     from httpx import HTTPError
     from huggingface_hub import errors
 
-    patterns = NEEDED_FILES
+    patterns = NEEDED_FILES if needs_weights else SMALL_FILES
     if gguf_file is not None:
         split = _FIRST_PART.fullmatch(gguf_file)
         patterns = [f"{split['prefix']}-*-of-{split['count']}.gguf" if split else gguf_file]
@@ -102,7 +104,7 @@ def _download(repo: str, revision: str | None, gguf_file: str | None) -> Path:
         if not (folder / gguf_file).is_file():
             raise WeightsError(f"{at}: has no file {gguf_file!r}")
         return folder / gguf_file
-    if not any(folder.glob("*.safetensors")):
+    if needs_weights and not any(folder.glob("*.safetensors")):
         raise WeightsError(f"{at}: has no safetensors; for a GGUF name its file: {repo}/FILE.gguf")
     return folder
 
