@@ -101,13 +101,9 @@ def _texts(stream: str) -> dict[str, str]:
     for line in stream.splitlines():
         if line.startswith("data: {"):
             event = json.loads(line.removeprefix("data: "))
-            # Choices of a reply tell their texts apart by their index.
             for choice in event.get("choices", [event]):
-                add(
-                    {"index": 0, **choice.get("delta", {})}
-                    if "delta" in choice and "index" in choice
-                    else choice
-                )
+                is_delta = isinstance(choice.get("delta"), dict) and "finish_reason" in choice
+                add({**choice["delta"], "index": choice["index"]} if is_delta else choice)
     return found
 
 
