@@ -28,6 +28,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "jinja2",
+    "llguidance",
     "huggingface-hub",
     "rich",
     "fastapi",
