@@ -4,6 +4,7 @@
 
 Decode (1 to 16 tokens): bytes of packed weights per second and the fraction of the read bandwidth, over enough
 copies of the weight that none is in a cache. Prefill (512 tokens): multiply-adds, beside torch's bf16 matmul.
+Attention: bytes of keys and values per second, for one query and for the four of a verified draft.
 Every figure is the median of --repeats passes.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from stepflash.kernels import build, ops
 from stepflash.kernels.formats import Format, packed_bytes, quantize
+from stepflash.kernels.kv_layout import new_kv_cache
 
 # (label, rows, columns) of the projections that carry the weights
 SHAPES = {
@@ -30,6 +32,12 @@ SHAPES = {
 }
 # (label, hidden, expert size, experts, top_k)
 EXPERTS = {"mini": [("experts", 1024, 512, 64, 8)], "full": [("experts", 4096, 1280, 24, 8)]}
+# (label, heads, KV heads, head size, window) of the two kinds of attention layers
+ATTENTION = {
+    "mini": [("full", 16, 4, 128, 0), ("sliding", 24, 4, 128, 512)],
+    "full": [("full", 64, 8, 128, 0), ("sliding", 96, 8, 128, 512)],
+}
+BLOCK_SIZE = 16
 DEFAULT_FORMATS = "bf16,fp8,int8_g128,int4_g32,q4_k,q6_k"
 
 
@@ -84,18 +92,20 @@ def linear_rows(
         for num_tokens in (1, 2, 4, 8, 16):
             x = torch.randn(num_tokens, k).bfloat16()
             seconds = median_seconds(repeats, run_linears, x, weights, fmt, n)
-            yield decode_row("linear", shape, fmt, num_tokens, seconds / len(weights), size, bandwidth)
+            yield decode_row(
+                "linear", shape, fmt.name.lower(), num_tokens, seconds / len(weights), size, bandwidth
+            )
         x = torch.randn(512, k).bfloat16()
         seconds = median_seconds(repeats, run_linears, x, weights[:1], fmt, n)
         yield prefill_row("linear", shape, fmt.name.lower(), 512, seconds, 2 * 512 * n * k)
 
 
 def decode_row(
-    op: str, shape: str, fmt: Format, num_tokens: int, seconds: float, size: int, bandwidth: float
+    op: str, shape: str, name: str, num_tokens: int, seconds: float, size: int, bandwidth: float
 ) -> Row:
     rate = size / seconds
     return Row(
-        op=op, shape=shape, format=fmt.name.lower(), num_tokens=num_tokens, microseconds=seconds * 1e6,
+        op=op, shape=shape, format=name, num_tokens=num_tokens, microseconds=seconds * 1e6,
         gigabytes_per_second=rate / 1e9, fraction_of_bandwidth=rate / bandwidth,
     )  # fmt: skip
 
@@ -136,39 +146,60 @@ def moe_rows(
         shape = f"{label} {num_experts}x{size}x{hidden} top {top_k}"
         x = torch.randn(1, hidden).bfloat16()
         seconds = median_seconds(repeats, run_layers, x, layers) / len(layers)
-        yield decode_row("moe", shape, fmt, 1, seconds, per_expert * (top_k + 1), bandwidth)
+        yield decode_row("moe", shape, fmt.name.lower(), 1, seconds, per_expert * (top_k + 1), bandwidth)
         x = torch.randn(512, hidden).bfloat16()
         seconds = median_seconds(repeats, run_layers, x, layers[:1])
         yield prefill_row("moe", shape, fmt.name.lower(), 512, seconds, 6 * 512 * hidden * size * (top_k + 1))
 
 
-def attention_rows(repeats: int, bandwidth: float) -> Iterator[Row]:
-    """Decode over a long context and prefill of 2048 tokens, at mini's full layer: 16 heads, 4 KV heads."""
-    heads, kv_heads, dim, block_size, context = 16, 4, 128, 16, 32768
-    blocks = context // block_size
-    caches = [[torch.randn(blocks, block_size, kv_heads, dim).bfloat16() for _ in range(2)] for _ in range(2)]
-    table = torch.randperm(blocks).to(torch.int32)[None].contiguous()
+LayerCache = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
-    def run(q: Tensor, length: int, window: int) -> None:
-        lens, cu_seqlens = (
-            torch.tensor([length], dtype=torch.int32),
-            torch.tensor([0, q.shape[0]], dtype=torch.int32),
-        )
-        for k_cache, v_cache in caches:
-            ops.paged_attention(q, k_cache, v_cache, table, lens, cu_seqlens, window, dim**-0.5)
 
-    for num_tokens in (1, 4):
-        q = torch.randn(num_tokens, heads, dim).bfloat16()
-        seconds = median_seconds(repeats, run, q, context, 0) / len(caches)
-        size = 2 * context * kv_heads * dim * 2
-        yield decode_row(
-            "attention", f"decode at {context}", Format.BF16, num_tokens, seconds, size, bandwidth
-        )
-    q = torch.randn(2048, heads, dim).bfloat16()
-    for window, pairs in ((0, 2048 * 2049 // 2), (512, 512 * 513 // 2 + 1536 * 512)):
-        seconds = median_seconds(repeats, run, q, 2048, window) / len(caches)
-        yield prefill_row(
-            "attention", f"prefill, window {window}", "bf16", 2048, seconds, 4 * pairs * heads * dim
+def random_cache(num_blocks: int, kv_heads: int, dim: int, dtype: torch.dtype) -> LayerCache:
+    """Keys, values and scales; random entries repeat, which no kernel notices."""
+    cache = new_kv_cache(num_blocks, BLOCK_SIZE, kv_heads, dim, dtype)
+    for tensor in cache[:2]:
+        rows = tensor.view(num_blocks, -1)
+        sample = torch.randn(rows[:64].shape) * (40 if dtype == torch.int8 else 1)
+        rows.copy_(sample.to(dtype).repeat(-(-num_blocks // 64), 1)[:num_blocks])
+    for scale in cache[2:]:
+        if scale is not None:
+            scale.fill_(0.02)
+    return cache
+
+
+def attention_rows(group: str, repeats: int, bandwidth: float) -> Iterator[Row]:
+    """Decode and verification of drafts after long contexts, over too many caches for the processor; prefill."""
+    for label, heads, kv_heads, dim, window in ATTENTION[group]:
+        for dtype in (torch.bfloat16, torch.int8):
+            name = str(dtype).removeprefix("torch.")
+            for context in (1024, 8192, 32768) if not window else (4096,):
+                table = torch.arange(context // BLOCK_SIZE, dtype=torch.int32)[None]
+                for num_tokens in (1, 4):
+                    seen = min(context, window + num_tokens - 1) if window else context
+                    size = 2 * seen * kv_heads * dim * dtype.itemsize
+                    caches = [
+                        random_cache(context // BLOCK_SIZE, kv_heads, dim, dtype)
+                        for _ in range(max(1, min(64, (96 << 20) // size)))
+                    ]
+                    q = torch.randn(num_tokens, heads, dim).bfloat16()
+                    seconds = median_seconds(repeats, attend, q, caches, table, context, window) / len(caches)
+                    shape = f"{label}, {heads}/{kv_heads} heads after {context}"
+                    yield decode_row("attention", shape, name, num_tokens, seconds, size, bandwidth)
+        q, table = torch.randn(2048, heads, dim).bfloat16(), torch.arange(128, dtype=torch.int32)[None]
+        caches = [random_cache(128, kv_heads, dim, torch.bfloat16)]
+        seconds = median_seconds(repeats, attend, q, caches, table, 2048, window)
+        pairs = sum(min(position + 1, window or 2048) for position in range(2048))
+        shape = f"{label}, {heads}/{kv_heads} heads"
+        yield prefill_row("attention", shape, "bfloat16", 2048, seconds, 4 * pairs * heads * dim)
+
+
+def attend(q: Tensor, caches: list[LayerCache], table: Tensor, context: int, window: int) -> None:
+    lens = torch.tensor([context], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+    for k, v, k_scale, v_scale in caches:
+        ops.paged_attention(
+            q, k, v, table, lens, cu_seqlens, window, q.shape[-1] ** -0.5, k_scale=k_scale, v_scale=v_scale
         )
 
 
@@ -226,8 +257,8 @@ def main() -> None:
                 collect(moe_rows(EXPERTS[group], fmt, args.repeats, bandwidth))
         if "torch" in wanted:
             collect(torch_rows(SHAPES[group], args.repeats))
-    if "attention" in wanted:
-        collect(attention_rows(args.repeats, bandwidth))
+        if "attention" in wanted:
+            collect(attention_rows(group, args.repeats, bandwidth))
     bandwidth_after = ops.measure_bandwidth()
     if args.json:
         machine = {"isa": build.loaded_isa(), "threads": args.threads, "torch": torch.__version__}
