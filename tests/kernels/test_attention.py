@@ -196,6 +196,22 @@ def run_first(p: Paged, q: Tensor, seq_len: int, window: int) -> Tensor:
     return run(first, q, [seq_len], [q.shape[0]], window)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@torch.inference_mode()
+def test_extreme_gates_and_scores(int8: bool) -> None:
+    """Logits far out: a gate is closed or open, one key takes all, and nothing overflows."""
+    torch.manual_seed(5)
+    p = paged([600], 2, 64, 16, int8)
+    q = 1000 * torch.randn(1, 8, 64).bfloat16().float()
+    gate = torch.tensor([[-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, 3.0]])
+    cu_seqlens, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([600], dtype=torch.int32)
+    rest = (p.block_table, lens, cu_seqlens, 0, 0.125, 0, gate, p.k_scale, p.v_scale)
+    expected = reference.paged_attention(q, p.k_cache, p.v_cache, *rest)
+    actual = run(p, q, [600], [1], 0, gate)
+    assert torch.isfinite(actual).all()
+    assert (actual - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
 @torch.inference_mode()
 def test_blocks_below_the_window_are_not_read() -> None:
     p = paged([100], 1, 32, 16)

@@ -165,16 +165,7 @@ class Rows {
     const int64_t begin = std::max(item->begin, base), end = std::min(item->end, base + TILE);
     const int64_t first = (begin - base) / GROUP, last = (end - base + GROUP - 1) / GROUP;  // groups
     find_groups(base, first, last, begin, end);
-    int64_t n = 0;
-    for (int64_t g = first; g < last; ++g) stream[n++] = keys[g];
-    for (int64_t g = first; g < last; ++g) stream[n++] = values[g];
-    for (int64_t i = 0; i < STREAMS; ++i) {
-      const int64_t position = base + TILE + i * GROUP;
-      stream[n] = stream[n - 1];
-      if (is_direct && position < item->end)
-        stream[n] = (const uint8_t*)a.cache.k + (block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size * dim + key_element(a.cache, position % block_size, 0)) * Cell::BYTES;
-      ++n;
-    }
+    plan_stream(base, first, last);
     for (int64_t g = first; g < last; g += STREAMS) {
       const int64_t count = std::min(STREAMS, last - g);
       if (count == STREAMS) {
@@ -203,7 +194,7 @@ class Rows {
     if (a.gate.data) {
       const int64_t at = token * a.gate.stride + head;
       const float gate = a.gate.is_float ? ((const float*)a.gate.data)[at] : bf16_to_float(((const uint16_t*)a.gate.data)[at]);
-      factor /= 1.0f + power_of_two(-gate * LOG2_E);
+      factor /= 1.0f + power_of_two(std::min(-gate * LOG2_E, 126.0f));
     }
     for (int64_t d = 0; d < dim; d += LANES) store(out + d, load(out + d) * set1(factor));
     for (int64_t d = 0; d < dim; d += 128) store_row(a.out, View(), token, head * dim + d, std::min<int64_t>(128, dim - d), out + d);
@@ -250,16 +241,34 @@ class Rows {
     score_unit[r] *= peak / (float)LARGEST;
   }
 
+  // Where this head of the block of a position begins, in slots.
+  int64_t head_start(int64_t position) const { return block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size; }
+
+  const uint8_t* key_group(int64_t position) const {
+    return (const uint8_t*)a.cache.k + (head_start(position) * dim + key_element(a.cache, position % block_size, 0)) * Cell::BYTES;
+  }
+
+  // The groups in the order in which they are read: keys, values, and the first keys of the next tile.
+  void plan_stream(int64_t base, int64_t first, int64_t last) {
+    int64_t n = 0;
+    for (int64_t g = first; g < last; ++g) stream[n++] = keys[g];
+    for (int64_t g = first; g < last; ++g) stream[n++] = values[g];
+    for (int64_t i = 0; i < STREAMS; ++i, ++n) {
+      const int64_t position = base + TILE + i * GROUP;
+      stream[n] = is_direct && position < item->end ? key_group(position) : stream[n - 1];
+    }
+  }
+
   void find_groups(int64_t base, int64_t first, int64_t last, int64_t begin, int64_t end) {
-    const uint8_t *k = (const uint8_t*)a.cache.k, *v = (const uint8_t*)a.cache.v;
+    const uint8_t* v = (const uint8_t*)a.cache.v;
     for (int64_t g = first; g < last; ++g) {
       const int64_t position = base + g * GROUP, low = std::max<int64_t>(0, begin - position), high = std::min(GROUP, end - position);
       if (!is_direct) {
         gather(g, position, low, high);
         continue;
       }
-      const int64_t at = block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size, offset = position % block_size;
-      keys[g] = k + (at * dim + key_element(a.cache, offset, 0)) * Cell::BYTES;
+      const int64_t at = head_start(position), offset = position % block_size;
+      keys[g] = key_group(position);
       values[g] = v + (at * dim + value_element(a.cache, offset, 0)) * Cell::BYTES;
       if (Cell::BYTES == 1) key_scales[g] = a.cache.k_scale + at + offset, value_scales[g] = a.cache.v_scale + at + offset;
       if (Cell::BYTES == 2 && (low > 0 || high < GROUP)) hide_values(g, low, high);
@@ -284,7 +293,7 @@ class Rows {
     T *k = (T*)(s.keys + g * group_bytes), *v = (T*)(s.values + g * group_bytes);
     std::memset(k, 0, group_bytes), std::memset(v, 0, group_bytes);
     for (int64_t j = low; j < high; ++j) {
-      const int64_t at = block_head(a.cache, blocks[(position + j) / block_size], item->kv_head) * block_size, offset = (position + j) % block_size;
+      const int64_t at = head_start(position + j), offset = (position + j) % block_size;
       const T *from_k = (const T*)a.cache.k + at * dim, *from_v = (const T*)a.cache.v + at * dim;
       for (int64_t d = 0; d < dim; ++d) {
         k[key_element(one, j, d)] = from_k[key_element(a.cache, offset, d)];
@@ -297,7 +306,7 @@ class Rows {
     key_scales[g] = s.key_scales + g * GROUP, value_scales[g] = s.value_scales + g * GROUP;
   }
 
-  // Scores of R rows and N groups; the first rows fetch the keys of the next N groups ahead.
+  // Scores of R rows and N groups, from keys that were asked for STREAMS groups ago.
   template <int R, int N>
   void score(const Share& share, int64_t g, int64_t first) {
     const int64_t row = share.row;
