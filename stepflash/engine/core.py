@@ -176,6 +176,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every request has read its prompt, so that the next step is a small one."""
+        return not self.scheduler.waiting and all(seq.num_pending == 1 for seq in self.scheduler.running)
+
     def check(self, request: Request) -> None:
         """Refuse what can never run. Changes nothing, so any thread may call it.
 

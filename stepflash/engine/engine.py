@@ -18,11 +18,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 from stepflash.engine.core import EngineCore, EngineStats
 from stepflash.engine.request import CacheLookup, Output, Request
 from stepflash.errors import EngineError
 
 logger = logging.getLogger(__name__)
+SMALL_PARAMETERS = 50_000_000
 IDLE_SECONDS = 5.0  # without work, before the prefix cache is saved
 T = TypeVar("T")
 # What a stream receives: outputs, or why its request was refused.
@@ -38,6 +41,8 @@ class Engine:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, _Stream]] = {}
         self._stats = core.stats()
         self._is_closed = False
+        self._num_threads = torch.get_num_threads()
+        self._num_parameters = sum(p.numel() for p in core.runner.model.parameters())
         self.num_restarts = 0
         self._num_saved = 0  # finished requests when the prefix cache was last saved
         self._thread = self._start(self._run)
@@ -150,6 +155,7 @@ class Engine:
                 if not self._handle_inbox():
                     break
                 if self._core.has_work:
+                    self._choose_threads()
                     outputs = self._core.step()
                     # Whoever sees a last output must find it counted.
                     self._stats = self._core.stats()
@@ -168,6 +174,16 @@ class Engine:
             self._core.close()
         except OSError:
             logger.exception("the prefix cache could not be saved")
+
+    def _choose_threads(self) -> None:
+        """Let a small model decode on one thread, so that the event loop has a processor to itself.
+
+        Its operations are too short to gain from a second thread, and they lose a great deal when that thread has
+        to wait for its turn: 16 streams of nano on two cores came at a third of the engine's speed.
+        """
+        if self._num_parameters < SMALL_PARAMETERS:
+            is_decoding = self._core.is_decoding
+            torch.set_num_threads(1 if is_decoding else self._num_threads)
 
     def _end_all(self, error: BaseException) -> None:
         outputs = self._core.fail_all(error)
