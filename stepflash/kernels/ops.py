@@ -2,8 +2,8 @@
 
 The reference is every op's default kernel; the native library (build.py) registers CPU kernels under the same
 names, which then win. It is compiled and loaded when an op first runs on the CPU, so call sites and imports
-never ask what is available. Gradients recompute through the reference (activations are rounded
-straight-through; packed weights and caches have none).
+never ask what is available; the Triton kernels (cuda.py) likewise when an op first sees a CUDA tensor. Gradients
+recompute through the reference (activations are rounded straight-through; packed weights and caches have none).
 
 Legend: x [num_tokens, hidden_size] bf16 or float32; a packed weight is a uint8 tensor of `formats.py`.
 Every kernel gives a token the same bits whatever else is in the call.
@@ -11,6 +11,7 @@ Every kernel gives a token the same bits whatever else is in the call.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from stepflash.kernels import build, reference
 from stepflash.kernels.kv_layout import is_interleaved
+
+log = logging.getLogger(__name__)
 
 _library = torch.library.Library("stepflash", "DEF")  # type: ignore[no-untyped-call]
 
@@ -55,21 +58,40 @@ _SCHEMAS = {
 }
 
 
+def _load_kernels(device: str) -> bool:
+    """Whether kernels for this type of device are registered now."""
+    if device == "cpu":
+        return build.load()
+    if device != "cuda":
+        return False
+    try:
+        from stepflash.kernels import cuda
+    except ImportError as error:  # no Triton
+        log.warning("CUDA kernels are off, the slower PyTorch references run instead: %s", error)
+        return False
+    cuda.register()
+    return True
+
+
 def _default(name: str) -> Callable[..., Any]:
-    """The reference; the first call on a CPU tensor loads the native kernels and goes round again."""
+    """The reference; the first call on a tensor of a device loads its kernels and goes round again."""
     plain = getattr(reference, name)
-    tried = False
+    tried: set[str] = set()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal tried
         first = args[0] if args else next(iter(kwargs.values()))
-        if not tried and type(first) is Tensor and first.device.type == "cpu":
-            tried = True
-            if build.load():
+        if type(first) is Tensor and first.device.type not in tried:
+            tried.add(first.device.type)
+            if _load_kernels(first.device.type):
                 return getattr(torch.ops.stepflash, name)(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return run
+
+
+def _has_kernels(k_cache: Tensor) -> bool:
+    """Whether kernels, if any, take a cache of this layout: interleaved on the CPU, plain on CUDA."""
+    return is_interleaved(k_cache) or k_cache.is_cuda
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -328,7 +350,7 @@ def cache_write(
 
     Caches as in `paged_attention`. An int8 cache gets one scale per token and head, peak / 127.
     """
-    if is_interleaved(k_cache):
+    if _has_kernels(k_cache):
         torch.ops.stepflash.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     else:
         reference.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
@@ -380,7 +402,7 @@ def paged_attention(
         k_scale,
         v_scale,
     )
-    if is_interleaved(k_cache):
+    if _has_kernels(k_cache):
         return torch.ops.stepflash.paged_attention(*args)  # type: ignore[no-any-return]
     return reference.paged_attention(*args)
 
@@ -406,7 +428,7 @@ def cached_attention(
         q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, cu_seqlens, window, scale, first_key,
         k_scale, v_scale,
     )  # fmt: skip
-    if is_interleaved(k_cache):
+    if _has_kernels(k_cache):
         return torch.ops.stepflash.cached_attention(*args)  # type: ignore[no-any-return]
     return reference.cached_attention(*args)
 

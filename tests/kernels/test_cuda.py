@@ -1,0 +1,55 @@
+"""The Triton kernels against the references. Triton decides at its import whether kernels are interpreted, and may
+already be imported here: the cases run in a process of their own, on the CUDA device or else in the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed (`pip install triton`; CUDA builds of torch bring it)",
+)
+
+
+def compiled() -> dict[str, str]:
+    """The environment without the interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@needs_triton
+def test_triton_kernels() -> None:
+    on_device = torch.cuda.is_available()
+    environment = compiled() | ({} if on_device else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+    command += ["-W", "default"] if on_device else []  # the compiler warns of its own settings
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels with an assembler are Linux ones")
+def test_every_launch_compiles_for_a_gpu_that_is_not_here() -> None:
+    command = [sys.executable, "-m", "tests.kernels.triton_compile", "90"]
+    done = subprocess.run(
+        command, cwd=CASES.parents[2], capture_output=True, text=True, check=False, env=compiled()
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith("for sm_90\n")
+
+
+def test_importing_the_ops_does_not_import_triton() -> None:
+    code = "import sys, stepflash.kernels.ops; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

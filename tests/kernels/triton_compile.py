@@ -1,0 +1,101 @@
+"""Compiles every launch of the Triton kernels at the sizes of Step-3.5-Flash for a given GPU, which need not be here.
+
+Run by test_cuda.py in a process of its own: `python -m tests.kernels.triton_compile 90`. Prints a line a kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stepflash.kernels import cuda, triton_attention, triton_matmul, triton_norm
+from stepflash.kernels.formats import Format, packed_bytes
+
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
+    torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+class Compiler:
+    """Stands in for a kernel: a launch compiles it for the target, as the launcher would (1 is a constant)."""
+
+    def __init__(self, kernel: Any, target: GPUTarget, seen: dict[str, str]) -> None:
+        self.kernel, self.target, self.seen = kernel, target, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        names = [p.name for p in self.kernel.params]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        signature, constants = {}, {}
+        for p in self.kernel.params:
+            value = given[p.name]
+            if p.is_constexpr or (type(value) is int and value == 1):
+                signature[p.name], constants[p.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[p.name] = _TYPES[value.dtype]
+            else:
+                signature[p.name] = "fp32" if isinstance(value, float) else "i32"
+        key = f"{self.kernel.__name__} {signature} {constants}"
+        if key not in self.seen:
+            options = {name: value for name, value in kwargs.items() if name not in names}
+            source = ASTSource(self.kernel, signature, constants)
+            compiled = triton.compile(source, target=self.target, options=options)
+            self.seen[key] = compiled.asm["ptx"]
+            print(self.kernel.__name__, f"shared memory {compiled.metadata.shared} B", constants, flush=True)
+
+
+def packed(fmt: Format, n: int, k: int, experts: int = 0) -> torch.Tensor:
+    return torch.empty((*((experts,) if experts else ()), packed_bytes(fmt, n, k)), dtype=torch.uint8)
+
+
+def main(capability: int) -> None:
+    seen: dict[str, str] = {}
+    target = GPUTarget("cuda", capability, 32)
+    kernels: list[tuple[ModuleType, list[str]]] = [
+        (triton_attention, ["attend", "merge_splits", "write_slots"]),
+        (triton_norm, ["rms_norm", "norm_rope"]),
+        (triton_matmul, ["swiglu", "matmul", "combine"]),
+    ]
+    for module, names in kernels:
+        for name in names:
+            setattr(module, name, Compiler(getattr(module, name), target, seen))
+
+    x, norm = torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(4096)
+    cuda.add_rms_norm(x, x, norm, 1e-5)
+    for fmt in (Format.BF16, Format.FP8, Format.INT8_G128, Format.INT4_G32):
+        shapes = [(64, 4096), (64, 4096), (4096, 64)]
+        weights, codes = [packed(fmt, *shape, experts=2) for shape in shapes], [int(fmt)] * 3
+        ids = torch.tensor([[0, 1], [1, 0]])
+        cuda.moe(
+            x, norm, 1e-5, None, None, 2, 3.0, weights, codes, 2, 64, 7.0, [w[0] for w in weights], codes, 64,
+            None, ids, torch.ones(2, 2), x,
+        )  # fmt: skip
+    for heads, half, window in ((64, 32, 0), (96, 64, 512)):
+        q, k = torch.zeros(2, heads, 128, dtype=torch.bfloat16), torch.zeros(2, 8, 128, dtype=torch.bfloat16)
+        angle = torch.zeros(2, half)
+        cuda.qk_norm_rope(q, k, torch.zeros(128), torch.zeros(128), 1e-5, angle, angle)
+        for dtype in (torch.bfloat16, torch.int8, torch.float32):
+            cache = [torch.zeros(4, 16, 8, 128, dtype=dtype) for _ in range(2)]
+            scales = [torch.zeros(4, 16, 8) if dtype == torch.int8 else None for _ in range(2)]
+            cuda.cache_write(k, k, *cache, torch.zeros(2, dtype=torch.long), *scales)
+            table = torch.zeros(2, 64, dtype=torch.int32)
+            for seqs, length in ((2, 64), (1, 64), (2, 1)):  # split; one sequence; a table of one chunk
+                lens = torch.ones(seqs, dtype=torch.int32)
+                bounds = torch.arange(seqs + 1, dtype=torch.int32)
+                cuda.paged_attention(
+                    q[:seqs], *cache, table[:seqs, :length], lens, bounds, window, 0.1, 0, q[:seqs, :, 0], *scales
+                )  # fmt: skip
+    print(f"compiled {len(seen)} kernels for sm_{capability}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
