@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from stepflash.errors import ConfigError, WeightsError
+from stepflash.errors import WeightsError
 from stepflash.model.config import ModelConfig
 from stepflash.model.rope import inverse_frequencies
 from stepflash.model.transformer import Step3p5ForCausalLM
@@ -68,9 +68,10 @@ def load_model(
             the model lives (replacing it is fine). False copies everything. Packed weights are always copied,
             into huge pages, from which they stream faster.
         quantization: a weight format ("int8", "int4_g64", "fp8", "bf16", ...; `formats.parse_format`) to pack
-            the matrices in for the CPU kernels, one at a time; "stored" packs each as the checkpoint has it
-            (FP8, Q8_0, Q4_K and Q6_K grow by nothing); "plain" decodes everything into a network that can also
-            be trained. None is "stored" for a checkpoint of `stepflash quantize` and "plain" for all others.
+            the matrices in for the kernels, one at a time; "stored" packs each as the checkpoint has it (FP8,
+            Q8_0, Q4_K and Q6_K grow by nothing); "plain" decodes everything into a network that can also be
+            trained. Packed weights for a GPU are packed in host memory first. None is "stored" for a checkpoint
+            of `stepflash quantize` and "plain" for all others.
         protect: patterns of released names to formats, see `quantize_model`; None keeps the head gates in bf16.
     Raises:
         WeightsError: anything absent, damaged, left over, of a wrong shape, or not what its receipt says.
@@ -88,8 +89,7 @@ def load_model(
     receipt = checked_receipt(checkpoint)
     if quantization is None:
         quantization = STORED if is_packed(checkpoint) else PLAIN
-    if quantization != PLAIN and torch.device(device).type != "cpu":
-        raise ConfigError(f'weights are packed for the CPU; on {device} load with quantization="{PLAIN}"')
+    packed_device, device = device, "cpu" if quantization != PLAIN else device  # packed here, moved whole
 
     model = empty_model(config)
     names = list(expected_tensors(config))
@@ -122,7 +122,7 @@ def load_model(
     assert not unfilled, f"names.py and the network disagree: {unfilled}"
     if rope_freqs == "file":
         _use_stored_rotary(model, checkpoint)
-    return model.eval()
+    return model.eval().to(packed_device)
 
 
 def empty_model(config: ModelConfig) -> Step3p5ForCausalLM:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +108,29 @@ def _packed(weights: Iterable[nn.Module]) -> tuple[list[Tensor], list[int], list
     return [w.packed for w in found], [int(w.fmt) for w in found], [w.out_features for w in found]
 
 
-class QuantLinear(nn.Module):
+class _Gathered(nn.Module):
+    """Holds its weights as the ops take them, too: looking up parameters costs more than the calls' bookkeeping."""
+
+    def _gather(self) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._gather()  # what `to` moved or replaced
+        return self
+
+
+class QuantLinear(_Gathered):
     """x [num_tokens, in_features] -> [num_tokens, out_features] in `dtype` (default: x's)."""
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.dtype = dtype
-        self._weight = _packed([weight])
+        self._gather()
+
+    def _gather(self) -> None:
+        self._weight = _packed([self.weight])
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, *self._weight, dtype=self.dtype)
@@ -133,7 +148,7 @@ class FusedNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-class QuantAttention(nn.Module):
+class QuantAttention(_Gathered):
     """Norm, projections, head norms, rotation, attention, gate, output projection, residual."""
 
     def __init__(self, attention: Attention, norm: RMSNorm, prefix: str, packer: Packer) -> None:
@@ -152,8 +167,10 @@ class QuantAttention(nn.Module):
             for name, p in zip("qkvg", projections, strict=True)
         )
         self.o_proj = packer.pack(f"{prefix}.o_proj.weight", attention.o_proj.weight)
+        self._gather()
+
+    def _gather(self) -> None:
         self._output = _packed([self.o_proj])
-        # Gathered once: looking up parameters of a module costs more than the calls' own bookkeeping.
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         fused = _packed(self.projections)[:2]
         self._before = (self.norm_weight, *fused, *heads, self.q_norm, self.k_norm, self.eps)
@@ -166,7 +183,7 @@ class QuantAttention(nn.Module):
         return ops.linear(attn_output, *self._output, gate=gate, residual=x)
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(_Gathered):
     """Norm, router, routed experts, shared expert (or dense MLP), residual: one op."""
 
     def __init__(
@@ -193,11 +210,14 @@ class QuantExperts(nn.Module):
             self.experts = packer.swiglu(
                 f"{prefix}.moe", moe.gate_proj.weight, moe.up_proj.weight, moe.down_proj.weight
             )
-        # Gathered once, as in QuantAttention.
-        self._weights = self._gather(moe.gate.weight.shape[0] if moe is not None else 0)
+        self.num_experts = moe.gate.weight.shape[0] if moe is not None else 0
+        self._gather()
+
+    def _gather(self) -> None:
+        self._weights = self._arguments()
         self._run: Any = partial(ops.moe, norm_weight=self.norm_weight, eps=self.eps, **self._weights)
 
-    def _gather(self, num_experts: int) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """The weights as arguments of `ops.moe`, in its order."""
         shared, shared_formats, shared_sizes = _packed(self.shared)
         experts, expert_formats, expert_sizes = _packed(self.experts)
@@ -208,7 +228,7 @@ class QuantExperts(nn.Module):
             "scaling_factor": self.scaling_factor,
             "experts": experts,
             "expert_formats": expert_formats,
-            "num_experts": num_experts,
+            "num_experts": self.num_experts,
             "expert_size": expert_sizes[0] if expert_sizes else 0,
             "limit": self.limit,
             "shared": shared,

@@ -28,10 +28,11 @@ def compiled() -> dict[str, str]:
 
 
 @needs_triton
-def test_triton_kernels() -> None:
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_kernels(marks: str) -> None:
     on_device = torch.cuda.is_available()
     environment = compiled() | ({} if on_device else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, str(CASES)]
     command += ["-W", "default"] if on_device else []  # the compiler warns of its own settings
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from stepflash.kernels import cuda, reference
+from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.kernels import cuda, ops, reference
 from stepflash.kernels.formats import Format, unpack
+from stepflash.weights.load import load_model
+from tests.engine.conftest import MICRO, drive, request
 
 from .conftest import random_packed
 
@@ -71,8 +74,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_registers_for_cuda_alone() -> None:
-    from stepflash.kernels import ops
-
     names = ["rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope", "qkv_gate"]
     names += ["cache_write", "paged_attention", "cached_attention"]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -341,3 +342,38 @@ def test_cached_attention_writes_first() -> None:
     actual = cuda.cached_attention(q, k, v, cache.keys, cache.values, *rest)
     torch.testing.assert_close(actual, reference.cached_attention(q, k, v, *copies, *rest))
     assert torch.equal(cache.keys.nan_to_num(7), copies[0].nan_to_num(7))
+
+
+# ---- the engine --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests in one batch, in chunks, with drafts; every call is made twice, caches and all."""
+    calls = dict.fromkeys(("rms_norm", "linear", "moe", "qkv_gate", "cached_attention"), 0)
+
+    def compared(name: str) -> Any:
+        plain, kernel = getattr(ops, name), getattr(cuda, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            own = list(args)
+            if name == "cached_attention":
+                own[3:5] = args[3].clone(), args[4].clone()
+            actual, expected = kernel(*own, **kwargs), plain(*args, **kwargs)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            if name == "cached_attention":
+                torch.testing.assert_close(own[3:5], list(args[3:5]), rtol=0, atol=0)
+            return expected
+
+        return run
+
+    for name in calls:
+        monkeypatch.setattr(ops, name, compared(name))
+    model = load_model(MICRO, "float32", DEVICE, progress=False, quantization="bf16")
+    config = EngineConfig(
+        max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, kv_cache_bytes=1 << 20, block_size=8
+    )
+    requests = [request("long", list(range(3, 23)), max_tokens=3), request("short", [5, 9], max_tokens=2)]
+    drive(EngineCore(model, config), *requests)
+    assert min(calls.values()) > 0

@@ -140,3 +140,13 @@ def unpacked(tensor: StoredTensor) -> Tensor:
     num_matrices = math.prod(tensor.shape[:-2])
     n, k = tensor.shape[-2:]
     return unpack(data.view(num_matrices, -1), tensor.packed.fmt, n, k).view(tensor.shape)
+
+
+def test_a_packed_model_moves_whole() -> None:
+    """What the ops are given moves with the parameters: `meta` stands in for a device that is not here."""
+    model = load_model(MICRO, progress=False, quantization="int4", device="meta")
+    layer = model.model.layers[-1]
+    given = [*layer.attention._before[1], *layer.attention._output[0], *layer.feed_forward._weights["shared"]]  # type: ignore[union-attr, index]
+    given += [layer.attention._before[0], *model.lm_head._weight[0]]  # type: ignore[union-attr, index, list-item]
+    assert all(tensor.is_meta for tensor in [*given, *model.parameters(), *model.buffers()])
+    assert layer.feed_forward(torch.empty(3, model.config.hidden_size, device="meta")).is_meta  # type: ignore[operator, union-attr]
