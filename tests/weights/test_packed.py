@@ -107,10 +107,10 @@ def test_llm_keeps_the_stored_format(tmp_path: Path) -> None:
     formats = {n: w.fmt for n, w in llm.model.named_modules() if isinstance(w, PackedWeight)}
     # One of a pair of two formats would not do; what only proposes is in int8, head gates excepted.
     assert {formats[f"model.layers.3.feed_forward.experts.{i}"] for i in (0, 1)} == {Format.BF16}
-    assert {f for n, f in formats.items() if n.startswith("model.layers.9.")} == {
-        Format.BF16,
-        Format.INT8_G64,
-    }
+    drafts = {f for n, f in formats.items() if n.startswith("model.layers.9.")}
+    assert Format.BF16 in drafts
+    assert all(f.is_int8 for f in drafts - {Format.BF16})
+    assert len(drafts) > 1
     assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), progress=False)[0].token_ids
     assert packed_weight_bytes(LLM(tmp_path, quantization="plain").model) == 0
     assert packed_weight_bytes(LLM(MICRO).model) > 0
