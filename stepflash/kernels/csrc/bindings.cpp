@@ -1,10 +1,8 @@
 // Tensors in, kernel arguments out. The only file that includes torch; the ops are declared in ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/tensor.h>
 #include <sys/mman.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -402,34 +400,23 @@ class Network : public torch::CustomClassHolder {
   // [2 num_seqs + 1]: token boundaries, then slots in use. Returns hidden states, logits, best tokens, their logits.
   std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& per_token, const Tensor& per_sequence, const Tensor& full_table,
                                                  const Tensor& sliding_table, const OptTensor& previous, const Tensor& logit_rows) {
-    if (!args_.layers) args_.layers = std::make_shared<const std::vector<LayerArgs>>(layers_);
-    NetworkArgs a = args_;
     TORCH_CHECK(per_token.dim() == 2 && per_token.size(0) == 4 && per_token.size(1) > 0, "network: per_token must be [4, num_tokens]");
-    a.num_threads = at::get_num_threads(), a.num_tokens = per_token.size(1);
-    a.input_ids = pointer<int64_t>(per_token, at::kLong, "per_token"), a.positions = a.input_ids + a.num_tokens;
-    a.num_seqs = per_sequence.numel() / 2;
-    a.cu_seqlens = pointer<int32_t>(per_sequence, at::kInt, "per_sequence"), a.seq_lens = a.cu_seqlens + a.num_seqs + 1;
-    TORCH_CHECK(per_sequence.numel() % 2 == 1 && a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == a.num_tokens, "network: the boundaries must run from 0 to num_tokens");
-    for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.input_ids[t] >= 0 && a.input_ids[t] < vocab_size_, "network: token id ", a.input_ids[t], " of ", vocab_size_);
+    TORCH_CHECK(per_sequence.numel() % 2 == 1, "network: per_sequence must be [2 * num_seqs + 1]");
+    NetworkArgs a = pass(pointer<int64_t>(per_token, at::kLong, "per_token"), per_token.size(1), pointer<int32_t>(per_sequence, at::kInt, "per_sequence"),
+                         per_sequence.numel() / 2);
     const Tensor* tables[2] = {&full_table, &sliding_table};
     for (int group = 0; group < 2; ++group) {
-      a.slots[group] = a.input_ids + (2 + group) * a.num_tokens;
       TORCH_CHECK(tables[group]->dim() == 2 && tables[group]->size(0) == a.num_seqs && tables[group]->scalar_type() == at::kInt && tables[group]->stride(1) == 1,
                   "network: block tables must be int32 [num_seqs, max_blocks]");
       a.block_tables[group] = tables[group]->data_ptr<int32_t>(), a.max_blocks[group] = a.num_seqs > 1 ? tables[group]->stride(0) : tables[group]->size(1);
     }
-    check(a);
-    const auto options = at::TensorOptions().dtype(type_);
-    TORCH_CHECK((previous.has_value() && previous->dim() == 2 && previous->size(0) == a.num_tokens) == (a.enorm.data != nullptr), "network: a prediction module needs previous hidden states [num_tokens, hidden_size], the trunk has none");
     if (previous) a.previous = view(*previous, "previous");
-    Tensor hidden = at::empty({a.num_tokens, a.hidden_size}, options);
-    a.hidden = view(hidden, "hidden");
     a.num_logit_rows = logit_rows.numel(), a.logit_rows = pointer<int64_t>(logit_rows, at::kLong, "logit_rows");
-    for (int64_t i = 0; i < a.num_logit_rows; ++i) TORCH_CHECK(a.logit_rows[i] >= 0 && a.logit_rows[i] < a.num_tokens, "network: logit row ", a.logit_rows[i]);
-    Tensor logits = at::empty({a.num_logit_rows, vocab_size_}, options.dtype(at::kFloat)), best_logit = at::empty({a.num_logit_rows}, options.dtype(at::kFloat));
-    Tensor best = at::empty({a.num_logit_rows}, options.dtype(at::kLong));
+    const auto options = at::TensorOptions().dtype(type_);
+    Tensor hidden = at::empty({a.num_tokens, a.hidden_size}, options), logits = at::empty({a.num_logit_rows, vocab_size_}, options.dtype(at::kFloat));
+    Tensor best = at::empty({a.num_logit_rows}, options.dtype(at::kLong)), best_logit = at::empty({a.num_logit_rows}, options.dtype(at::kFloat));
     a.logits = view(logits, "logits"), a.best = best.data_ptr<int64_t>(), a.best_logit = best_logit.data_ptr<float>();
-    kernels().network(a);
+    run_checked(a, hidden);
     return {hidden, logits, best, best_logit};
   }
 
@@ -452,45 +439,64 @@ class Network : public torch::CustomClassHolder {
     TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
                     (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
                 "network: draft needs one entry per job, and per module and job");
-    const Tensor rows_index = at::tensor(table_rows, at::kLong), last = at::empty({jobs}, at::kLong);
-    const auto table_of = [&](const Tensor& table, int64_t columns) {
-      return jobs == 1 ? table.narrow(0, table_rows[0], 1).narrow(1, 0, columns) : table.narrow(1, 0, columns).index_select(0, rows_index);
-    };
-    Packs read, left, previous = hidden_states;
+    TORCH_CHECK(full_table.is_contiguous() && sliding_table.is_contiguous() && full_table.scalar_type() == at::kInt && sliding_table.scalar_type() == at::kInt,
+                "network: block tables must be contiguous int32");
+    // One sequence uses its row of the tables where it lies; several need theirs side by side.
+    const Tensor* tables[2] = {&full_table, &sliding_table};
+    const int64_t width = full_table.size(1);
+    std::vector<int32_t> gathered[2];
+    const int32_t* rows_of[2];
+    for (int group = 0; group < 2; ++group) {
+      const int32_t* table = tables[group]->data_ptr<int32_t>();
+      for (const int64_t row : table_rows) TORCH_CHECK(row >= 0 && row < tables[group]->size(0) && tables[group]->size(1) == width, "network: no row ", row, " in the tables");
+      for (size_t j = 0; jobs > 1 && j < table_rows.size(); ++j) gathered[group].insert(gathered[group].end(), table + table_rows[j] * width, table + (table_rows[j] + 1) * width);
+      rows_of[group] = jobs > 1 ? gathered[group].data() : table + table_rows[0] * width;
+    }
+    const auto options = at::TensorOptions().dtype(type_);
+    Packs read, left;
     Tensor drafts = at::empty({modules, jobs}, at::kLong), values = at::empty({modules, jobs}, at::kFloat);
+    Ints per_token, last(jobs), bounds(jobs + 1, 0);
+    std::vector<int32_t> per_sequence(2 * jobs + 1, 0);
     Network* module = this;
     for (int64_t m = 0; m < modules; ++m, module = module->next_.get()) {
-      Packs inputs;
-      Ints counts;
-      std::vector<int32_t> per_sequence(2 * jobs + 1, 0);
-      int64_t tokens = 0, longest = 0;
+      const Ints before = bounds;  // of the module before: its tokens, jobs end to end
+      int64_t tokens = 0;
       for (int64_t j = 0; j < jobs; ++j) {
-        if (pending[m * jobs + j].numel() > 0) inputs.push_back(pending[m * jobs + j]);
-        inputs.push_back(previous[j]);
-        counts.push_back(num_known[j] + m - starts[m * jobs + j]);
-        tokens += counts[j];
+        tokens += num_known[j] + m - starts[m * jobs + j];
+        bounds[j + 1] = tokens, last[j] = tokens - 1;
         per_sequence[j + 1] = (int32_t)tokens, per_sequence[jobs + 1 + j] = (int32_t)(num_known[j] + m);
-        longest = std::max(longest, num_known[j] + m);
       }
-      const Tensor rows = inputs.size() == 1 ? inputs[0] : at::cat(inputs);
-      TORCH_CHECK(rows.size(0) == tokens, "network: module ", m + 1, " has ", rows.size(0), " rows for ", tokens, " tokens");
-      const int64_t columns = (longest + block_size - 1) / block_size;
-      const Tensor tables[2] = {table_of(full_table, columns), table_of(sliding_table, columns)};
-      Tensor per_token = at::empty({4, tokens}, at::kLong);
-      int64_t* out = per_token.data_ptr<int64_t>();
-      for (int64_t j = 0, t = 0; j < jobs; ++j) {
+      per_token.assign(4 * tokens, 0);
+      Tensor rows = at::empty({tokens, args_.hidden_size}, options), hidden = at::empty({tokens, args_.hidden_size}, options);
+      const int64_t row_bytes = args_.hidden_size * rows.element_size();
+      for (int64_t j = 0; j < jobs; ++j) {
+        // What is still unread of the module before, then what it has just left.
+        const Tensor& unread = pending[m * jobs + j];
+        const int64_t num_unread = unread.numel() > 0 ? unread.size(0) : 0, num_new = m == 0 ? hidden_states[j].size(0) : before[j + 1] - before[j];
+        const Tensor& source = m == 0 ? hidden_states[j] : left.back();
+        TORCH_CHECK(num_unread + num_new == bounds[j + 1] - bounds[j] && source.is_contiguous() && source.scalar_type() == type_ &&
+                        (num_unread == 0 || (unread.is_contiguous() && unread.scalar_type() == type_)),
+                    "network: module ", m + 1, " has ", num_unread + num_new, " rows for ", bounds[j + 1] - bounds[j], " tokens");
+        char* to = (char*)rows.data_ptr() + bounds[j] * row_bytes;
+        if (num_unread) std::memcpy(to, unread.data_ptr(), num_unread * row_bytes);
+        std::memcpy(to + num_unread * row_bytes, (const char*)source.data_ptr() + (m == 0 ? 0 : before[j] * row_bytes), num_new * row_bytes);
+        int64_t t = bounds[j];
         for (int64_t slot = starts[m * jobs + j]; slot < num_known[j] + m; ++slot, ++t) {
-          out[t] = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts.data_ptr<int64_t>()[(slot - num_known[j]) * jobs + j];
-          out[tokens + t] = slot - (m + 1);
+          TORCH_CHECK(slot / block_size < width, "network: slot ", slot, " is beyond the tables");
+          per_token[t] = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts.data_ptr<int64_t>()[(slot - num_known[j]) * jobs + j];
+          per_token[tokens + t] = slot - (m + 1);
           for (int group = 0; group < 2; ++group)
-            out[(2 + group) * tokens + t] = tables[group].data_ptr<int32_t>()[j * tables[group].stride(0) + slot / block_size] * block_size + slot % block_size;
+            per_token[(2 + group) * tokens + t] = rows_of[group][j * width + slot / block_size] * block_size + slot % block_size;
         }
-        last.data_ptr<int64_t>()[j] = t - 1;
       }
-      auto [hidden, logits, best, best_logit] = module->run(per_token, at::tensor(per_sequence, at::kInt), tables[0], tables[1], rows, last);
-      drafts[m].copy_(best), values[m].copy_(best_logit);
+      NetworkArgs a = module->pass(per_token.data(), tokens, per_sequence.data(), jobs);
+      for (int group = 0; group < 2; ++group) a.block_tables[group] = rows_of[group], a.max_blocks[group] = width;
+      a.previous = view(rows, "previous");
+      a.num_logit_rows = jobs, a.logit_rows = last.data();
+      Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat));
+      a.logits = view(logits, "logits"), a.best = drafts.data_ptr<int64_t>() + m * jobs, a.best_logit = values.data_ptr<float>() + m * jobs;
+      module->run_checked(a, hidden);
       read.push_back(rows), left.push_back(hidden);
-      previous = jobs == 1 ? Packs{hidden} : hidden.split_with_sizes(counts);
     }
     return {read, left, drafts, values};
   }
@@ -503,6 +509,27 @@ class Network : public torch::CustomClassHolder {
   View post_norm_;
   int64_t vocab_size_ = 0;
   at::ScalarType type_;
+
+  // A pass over these tokens; the caller adds tables, previous states, and what it wants to know.
+  NetworkArgs pass(const int64_t* per_token, int64_t num_tokens, const int32_t* per_sequence, int64_t num_seqs) {
+    if (!args_.layers) args_.layers = std::make_shared<const std::vector<LayerArgs>>(layers_);
+    NetworkArgs a = args_;
+    a.num_threads = at::get_num_threads(), a.num_tokens = num_tokens, a.num_seqs = num_seqs;
+    a.input_ids = per_token, a.positions = per_token + num_tokens;
+    for (int group = 0; group < 2; ++group) a.slots[group] = per_token + (2 + group) * num_tokens;
+    a.cu_seqlens = per_sequence, a.seq_lens = per_sequence + num_seqs + 1;
+    return a;
+  }
+
+  void run_checked(NetworkArgs& a, Tensor& hidden) {
+    TORCH_CHECK(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == a.num_tokens, "network: the boundaries must run from 0 to num_tokens");
+    for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.input_ids[t] >= 0 && a.input_ids[t] < vocab_size_, "network: token id ", a.input_ids[t], " of ", vocab_size_);
+    for (int64_t i = 0; i < a.num_logit_rows; ++i) TORCH_CHECK(a.logit_rows[i] >= 0 && a.logit_rows[i] < a.num_tokens, "network: logit row ", a.logit_rows[i]);
+    TORCH_CHECK((a.previous.data != nullptr) == (a.enorm.data != nullptr), "network: a prediction module needs the states of the one before, the trunk has none");
+    check(a);
+    a.hidden = view(hidden, "hidden");
+    kernels().network(a);
+  }
 
   const Tensor& keep(const Tensor& t) {
     kept_.push_back(t);
