@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepflash.errors import ConfigError, WeightsError
-from stepflash.kernels.formats import Format, parse_format, quantize, unpack
+from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
 from stepflash.model.config import ModelConfig
+from stepflash.tools.calibrate import Calibration
 from stepflash.weights.checkpoint import Checkpoint, compare, select_mtp
-from stepflash.weights.names import expected_tensors, keeps_float32
+from stepflash.weights.names import expected_tensors, keeps_float32, layer_of
 from stepflash.weights.packed import (
     QUANT_METHOD,
     VERSION,
@@ -45,6 +47,9 @@ MANIFEST_NAME = "stepflash-quantize.json"  # there while a checkpoint is unfinis
 SHARD_BYTES = 1 << 30
 ALIGNMENT = 64  # of the data in a file: a cache line; packed tensors are multiples of it
 NONE = "none"  # instead of a format: no rule
+EDGE = "int8"  # of the layers at both ends, unless asked otherwise; the planner counts with the same
+NEAREST, GPTQ = "nearest", "gptq"
+STATE_NAME = "stepflash-calibration-{:05d}.safetensors"  # activations before a layer, while unfinished
 COPIED = ("*.json", "*.jinja", "*.txt", "LICENSE*", "README*")
 
 OnProgress = Callable[[int, int], None]
@@ -52,10 +57,16 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Formats as data: `rules` are (shell pattern over released names, format), the first match wins."""
+    """Formats as data: `rules` are (shell pattern over released names, format), the first match wins.
+
+    `rounding` of int4 weights in the trunk: "nearest" from the weights alone, "gptq" from calibration tokens, whose
+    digest and origin are then in `calibration`.
+    """
 
     format: str
     rules: tuple[tuple[str, str], ...] = ()
+    rounding: str = NEAREST
+    calibration: str = ""
 
     def format_name(self, released: str) -> str:
         return match(self.rules, released, self.format)
@@ -84,11 +95,11 @@ def edge_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def make_recipe(
-    config: ModelConfig, format_name: str, protect: Sequence[tuple[str, str]] = (), edge: str = "bf16"
+    config: ModelConfig, format_name: str, protect: Sequence[tuple[str, str]] = (), edge: str = EDGE
 ) -> Recipe:
     """The recipe of a format: `protect` first, then what is protected by default.
 
-    By default the edge layers stay in `edge` (bf16; "none" treats them as all others), head gates in bf16, LM head
+    By default the edge layers stay in `edge` ("none" treats them as all others), head gates in bf16, LM head
     and prediction modules in int8: an error there costs accepted drafts, never a wrong token. A default that would
     be worse than the format itself is left out. Embedding, norms and router are never quantised.
 
@@ -178,11 +189,17 @@ def _planned(stored: StoredTensor, recipe: Recipe) -> Planned:
     )
 
 
-def plan_shards(planned: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> dict[str, list[Planned]]:
-    """File name -> its tensors: in order, a new file before one would exceed `shard_bytes`."""
+def plan_shards(
+    planned: Sequence[Planned], shard_bytes: int = SHARD_BYTES, by_layer: bool = False
+) -> dict[str, list[Planned]]:
+    """File name -> its tensors: in order, a new file before one would exceed `shard_bytes`, or for each layer."""
     groups: list[list[Planned]] = [[]]
     for tensor in planned:
-        if groups[-1] and sum(t.num_bytes for t in groups[-1]) + tensor.num_bytes > shard_bytes:
+        if groups[-1] and (
+            layer_of(groups[-1][-1].stored.name) != layer_of(tensor.stored.name)
+            if by_layer
+            else sum(t.num_bytes for t in groups[-1]) + tensor.num_bytes > shard_bytes
+        ):
             groups.append([])
         groups[-1].append(tensor)
     # Packed tensors come first in a file: their sizes keep the next one aligned.
@@ -194,14 +211,14 @@ def plan_shards(planned: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> d
     }
 
 
-def plan_digest(shards: Mapping[str, Sequence[Planned]]) -> str:
+def plan_digest(shards: Mapping[str, Sequence[Planned]], calibration: str = "") -> str:
     """What two runs must share for the second to go on where the first stopped."""
     rows = [
         (file, t.name, t.dtype_name, t.shape, t.fmt, t.stored.origin, t.stored.dtype_name, t.stored.num_bytes)
         for file, tensors in shards.items()
         for t in tensors
     ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([calibration, *rows]).encode()).hexdigest()
 
 
 # ---- writing ------------------------------------------------------------------------------------------------
@@ -212,14 +229,14 @@ def quantize_checkpoint(
     out: Path,
     recipe: Recipe,
     *,
-    resume: bool = False,
+    token_ids: Sequence[Tensor] = (),
     shard_bytes: int = SHARD_BYTES,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
-    """Write the quantised checkpoint, without its receipt.
+    """Write the quantised checkpoint, without its receipt; goes on where an interrupted run of the same stopped.
 
     Args:
-        resume: go on with an interrupted run of the same recipe and source.
+        token_ids: the calibration documents, [num_tokens] int64 each, if the recipe's rounding needs them.
         on_progress: called with the bytes of the source done and in all.
     Returns:
         for each released name: sha256 of what was written, source_sha256 of what was read, format, and the
@@ -227,47 +244,99 @@ def quantize_checkpoint(
     Raises:
         WeightsError, ConfigError: nothing can be quantised, `out` holds something else, or the disk is too small.
     """
-    shards = plan_shards(plan_tensors(source, recipe), shard_bytes)
-    digest = plan_digest(shards)
-    done = _start(out, digest, resume)
+    planned = plan_tensors(source, recipe)
+    calibration = None
+    if recipe.rounding == GPTQ:
+        formats = {tensor.stored.name: tensor.fmt for tensor in planned}
+        calibration = Calibration(source, select_mtp(source, None), formats, token_ids)
+    shards = plan_shards(planned, shard_bytes, by_layer=calibration is not None)
+    digest = plan_digest(shards, "" if calibration is None else calibration.digest)
+    done = _start(out, digest)
     need = sum(t.num_bytes for file, tensors in shards.items() if file not in done for t in tensors)
     free = shutil.disk_usage(out).free
     if need > free:
         raise WeightsError(f"{out}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    if calibration is not None:
+        done = _restore(out, calibration, shards, done)
     total = sum(t.stored.num_bytes for tensors in shards.values() for t in tensors)
     num_done = 0
     for file, tensors in shards.items():
         if file not in done:
             start = num_done
-            entries = _write_shard(out / file, tensors, lambda n, start=start: on_progress(start + n, total))  # type: ignore[misc]
+            rounded: Mapping[str, Tensor] = {}
+            if calibration is not None and layer_of(tensors[0].stored.name) == calibration.next_layer:
+                rounded = calibration.round_layer()
+            entries = _write_shard(
+                out / file, tensors, rounded, lambda n, start=start: on_progress(start + n, total)  # type: ignore[misc]
+            )
+            if rounded and calibration is not None:
+                _save(out, calibration)
             done[file] = entries
             _write_json(out / MANIFEST_NAME, {"plan": digest, "shards": done})
         num_done += sum(t.stored.num_bytes for t in tensors)
         on_progress(num_done, total)
     _finish(source, out, shards)
-    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for path in out.glob(STATE_NAME.format(0).replace("00000", "*")):
+        path.unlink()
     return {name: entry for entries in done.values() for name, entry in entries.items()}
 
 
-def _start(out: Path, digest: str, resume: bool) -> dict[str, dict[str, Any]]:
-    """Shards that an interrupted run has finished, each checked against its digests."""
+def _save(out: Path, calibration: Calibration) -> None:
+    """The activations for the next layer; those of the layer before go once the new ones are whole."""
+    assert calibration.hidden is not None
+    path = out / STATE_NAME.format(calibration.next_layer)
+    part = path.with_name(path.name + ".part")
+    save_file({"hidden": calibration.hidden}, part)
+    part.replace(path)
+    # The manifest may still count one layer less.
+    (out / STATE_NAME.format(calibration.next_layer - 2)).unlink(missing_ok=True)
+
+
+def _restore(
+    out: Path,
+    calibration: Calibration,
+    shards: Mapping[str, Sequence[Planned]],
+    done: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Put the calibration before the first layer that is not done; what is done from there on."""
+    num_layers = calibration.config.num_layers
+    layers = {file: layer_of(tensors[0].stored.name) for file, tensors in shards.items()}
+    missing = [layer for file, layer in layers.items() if file not in done and layer is not None]
+    first = min([layer for layer in missing if layer < num_layers], default=num_layers)
+    if first == num_layers:
+        calibration.next_layer = num_layers
+        return done
+    path = out / STATE_NAME.format(first)
+    if first and path.is_file():
+        calibration.next_layer, calibration.hidden = first, load_file(path)["hidden"]
+    # Later layers were rounded for the inputs that this run makes again; without a state all of them are.
+    begin = calibration.next_layer
+    return {
+        file: entries
+        for file, entries in done.items()
+        if (layer := layers[file]) is None or layer < begin or layer >= num_layers
+    }
+
+
+def _start(out: Path, digest: str) -> dict[str, dict[str, Any]]:
+    """Shards that an interrupted run has finished, each checked against its digests; an empty folder if none."""
     manifest = out / MANIFEST_NAME
-    if not resume:
+    if not manifest.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            hint = "; --resume goes on with it" if manifest.is_file() else ""
-            raise ConfigError(f"{out}: exists already and is not empty{hint}")
+            raise ConfigError(f"{out}: exists already and is not empty; give a new folder")
         out.mkdir(parents=True, exist_ok=True)
         _write_json(manifest, {"plan": digest, "shards": {}})
         return {}
     try:
         values = json.loads(manifest.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{manifest}: nothing to go on with: {error}") from error
-    if values["plan"] != digest:
+        begun, shards = values["plan"], dict(values["shards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{manifest}: nothing to go on with: {error}; use a new folder") from error
+    if begun != digest:
         raise ConfigError(f"{out}: was begun with another source or recipe; use a new folder")
     for part in out.glob("*.part"):
         part.unlink()
-    return {file: entries for file, entries in values["shards"].items() if _is_whole(out / file, entries)}
+    return {file: entries for file, entries in shards.items() if _is_whole(out / file, entries)}
 
 
 def _is_whole(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -283,15 +352,24 @@ def _is_whole(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> bool:
     }
 
 
-def _write_shard(path: Path, tensors: Sequence[Planned], on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """Write one file under a temporary name, then put it into place whole."""
+def _write_shard(
+    path: Path,
+    tensors: Sequence[Planned],
+    rounded: Mapping[str, Tensor],
+    on_bytes: Callable[[int], None],
+) -> dict[str, Any]:
+    """Write one file under a temporary name, then put it into place whole.
+
+    Args:
+        rounded: packed bytes by released name of the tensors that are rounded already.
+    """
     part = path.with_name(path.name + ".part")
     entries: dict[str, Any] = {}
     done = 0
     with part.open("wb") as file:
         file.write(_header(tensors))
         for tensor in tensors:
-            entries[tensor.stored.name] = _write_tensor(file, tensor)
+            entries[tensor.stored.name] = _write_tensor(file, tensor, rounded.get(tensor.stored.name))
             done += tensor.stored.num_bytes
             on_bytes(done)
         file.flush()
@@ -316,12 +394,12 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: IO[bytes], tensor: Planned) -> dict[str, Any]:
+def _write_tensor(file: IO[bytes], tensor: Planned, rounded: Tensor | None) -> dict[str, Any]:
     """Write one tensor; what the receipt says about it."""
     written, read, error = hashlib.sha256(), hashlib.sha256(), SquaredError()
     source = replace(tensor.stored, values=lambda: hashed(tensor.stored.values(), read))
     num_bytes = 0
-    for piece in hashed(_pieces(tensor, source, error), written):
+    for piece in hashed(_pieces(tensor, source, rounded, error), written):
         num_bytes += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
     assert num_bytes == tensor.num_bytes, f"{tensor.name}: {num_bytes} bytes, planned {tensor.num_bytes}"
     entry: dict[str, Any] = {"sha256": written.hexdigest(), "source_sha256": read.hexdigest()}
@@ -330,13 +408,21 @@ def _write_tensor(file: IO[bytes], tensor: Planned) -> dict[str, Any]:
     return entry | {"format": tensor.fmt.name.lower(), "error": round(error.relative, 6)}
 
 
-def _pieces(tensor: Planned, source: StoredTensor, error: SquaredError) -> Iterator[Tensor]:
+def _pieces(
+    tensor: Planned, source: StoredTensor, rounded: Tensor | None, error: SquaredError
+) -> Iterator[Tensor]:
     if tensor.fmt is None:
         for piece in source.values():
             yield piece.to(PLAIN_DTYPES[tensor.dtype_name])
         return
+    done = 0
     for slab in slabs(source):
-        packed = quantize(slab, tensor.fmt)
+        if rounded is None:
+            packed = quantize(slab, tensor.fmt)
+        else:
+            num_bytes = packed_bytes(tensor.fmt, *slab.shape)
+            packed = rounded.view(-1)[done : done + num_bytes]
+            done += num_bytes
         error.add(slab, unpack(packed, tensor.fmt, *slab.shape))
         yield packed
 

@@ -35,6 +35,7 @@ from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTP
 from stepflash.weights.receipt import DIGEST, RECEIPT_NAME, VERSION, receipt_digest
 
 TEXTS = Path(__file__).with_name("receipt-texts.json")
+CALIBRATION_TEXTS = Path(__file__).with_name("calibration-texts.json")
 MAX_DOCUMENT_TOKENS = 256
 LOGIT_ROWS = 64  # tokens whose logits exist at once
 FLOAT32_LAYER_BYTES = 4 << 30  # the reference is float32 while its largest layer takes no more
@@ -80,22 +81,28 @@ class Quality:
 # ---- tokens -------------------------------------------------------------------------------------------------
 
 
-def documents(path: Path, text_file: Path | None = None) -> tuple[list[Tensor], str]:
-    """Token ids of the texts to compare on, and a word about where they come from.
+def documents(
+    path: Path, text_file: Path | None = None, shipped: Path = TEXTS
+) -> tuple[list[Tensor], str]:
+    """Token ids of the texts to compare or calibrate on, and a word about where they come from.
 
-    The shipped texts (English, code, a table, a tool call, arithmetic, Chinese), or a file whose parts are separated
-    by lines of `---`; without a tokenizer random ids from a fixed seed.
+    The shipped texts, or a file whose parts are separated by lines of `---`; without a tokenizer random ids from a
+    fixed seed.
+
+    Args:
+        shipped: TEXTS (English, code, a table, a tool call, arithmetic, Chinese) or CALIBRATION_TEXTS (tasks that
+            nano was trained on: calibration never sees what is measured on).
 
     Raises:
         ConfigError: the file is empty or cannot be read.
     """
     if not (path / "tokenizer.json").is_file():
         vocab_size = ModelConfig.from_pretrained(path).vocab_size
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(int(shipped == CALIBRATION_TEXTS))
         ids = torch.randint(vocab_size, (4, 128), generator=generator)
         return list(ids), "random ids: the checkpoint has no tokenizer"
     if text_file is None:
-        texts, source = json.loads(TEXTS.read_text(encoding="utf-8")), "shipped texts"
+        texts, source = json.loads(shipped.read_text(encoding="utf-8")), "shipped texts"
     else:
         try:
             texts, source = text_file.read_text(encoding="utf-8").split("\n---\n"), text_file.name
