@@ -297,6 +297,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization", metavar="FORMAT", help="pack the weights while loading: int4, int8, fp8, bf16, ..."
     )
+    group.add_argument(
+        "--allow-known-bad",
+        action="store_true",
+        help="load a quantised model that its receipt or recipe condemns",
+    )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="requests that run together")
     group.add_argument("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values")
     group.add_argument("--kv-dtype", metavar="TYPE", help=f"of keys and values alone: {', '.join(KV_DTYPES)}")
@@ -307,6 +312,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine_settings(args: argparse.Namespace) -> EngineSettings:
+    if args.allow_known_bad:
+        os.environ["STEPFLASH_ALLOW_KNOWN_BAD"] = "1"
     return EngineSettings(
         dtype=args.dtype,
         quantization=args.quantization,

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from stepflash.errors import ConfigError
 
@@ -128,3 +129,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question that suggests the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def allows_known_bad() -> bool:
+    """STEPFLASH_ALLOW_KNOWN_BAD=1 or --allow-known-bad: a checkpoint known to be bad loads with a warning."""
+    return os.environ.get("STEPFLASH_ALLOW_KNOWN_BAD", "0") not in ("", "0")
+
+
+def trusted_signers_file() -> Path:
+    """The public keys whose receipts are trusted: STEPFLASH_TRUSTED_SIGNERS, else in the user's configuration."""
+    given = os.environ.get("STEPFLASH_TRUSTED_SIGNERS")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path(given) if given else config / "stepflash" / "trusted-signers"

@@ -19,7 +19,7 @@ from stepflash.model import cost
 from stepflash.model.config import LayerConfig, ModelConfig
 from stepflash.weights.checkpoint import is_packed, open_checkpoint
 from stepflash.weights.hub import resolve_model
-from stepflash.weights.receipt import Receipt, read_receipt, verdict
+from stepflash.weights.receipt import BAD, Receipt, read_receipt, standing, verdict
 from stepflash.weights.verify import (
     ENGLISH_PARAGRAPH,
     check_predictions,
@@ -107,13 +107,19 @@ def _open_receipt(path: Path) -> Receipt | None:
 def _receipt(path: Path) -> dict[str, Any]:
     """What the receipt of a quantised checkpoint says; empty for all others."""
     try:
-        if not path.is_dir() or not is_packed(open_checkpoint(path)):
+        checkpoint = open_checkpoint(path) if path.is_dir() else None
+        if checkpoint is None or not is_packed(checkpoint):
             return {}
         receipt = read_receipt(path)
     except StepflashError as error:
         return {"error": str(error)}
-    values: dict[str, Any] = {"verdict": verdict(receipt), "is_good": receipt.is_good if receipt else None}
-    if values["is_good"] is False:
+    level, reason = standing(checkpoint, receipt)
+    values: dict[str, Any] = {
+        "verdict": f"{level}: {reason}; quality {verdict(receipt)}",
+        "standing": level,
+        "is_good": receipt.is_good if receipt else None,
+    }
+    if values["is_good"] is False or level == BAD:
         values["error"] = values["verdict"]
     return values
 

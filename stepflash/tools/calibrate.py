@@ -8,9 +8,9 @@ is saved for an interrupted run.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from stepflash.model.config import ModelConfig
 from stepflash.model.layers import MLP, clamped_swiglu
 from stepflash.model.moe import MoE
 from stepflash.model.rope import inverse_frequencies, rotation
-from stepflash.tools.gptq import gptq
+from stepflash.tools.gptq import gptq, inverse_factor
 from stepflash.weights.checkpoint import Checkpoint
 from stepflash.weights.load import materialize, put
-from stepflash.weights.packed import is_packable
+from stepflash.weights.packed import content_digest, is_packable
 from stepflash.weights.stored import StoredTensor
 
 # An expert that fewer calibration tokens chose also sees those that come nearest to choosing it.
@@ -61,9 +61,7 @@ class Calibration:
     @property
     def digest(self) -> str:
         """SHA-256 of the tokens: two runs with another calibration are not the same run."""
-        return hashlib.sha256(
-            torch.stack([self.ids, self.positions]).contiguous().view(torch.uint8).numpy()
-        ).hexdigest()
+        return content_digest([self.ids, self.positions])
 
     def round_layer(self) -> dict[str, Tensor]:
         """Round the next trunk layer; the packed bytes of its matrices by released name."""
@@ -77,6 +75,17 @@ class Calibration:
             self.hidden = layer.run(self.hidden)
         self.next_layer += 1
         return layer.packed
+
+
+class _Inputs:
+    """What stacked matrices read, [num_tokens, k] each; those that read the same share the factor."""
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self.rows = rows
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return inverse_factor(torch.stack([rows.T @ rows for rows in self.rows]))
 
 
 class _LayerRounder:
@@ -97,14 +106,16 @@ class _LayerRounder:
         layer = self.layer
         cos_sin = rotation(inverse_frequencies(layer.rope), self.positions)
         normed = layer.input_layernorm(hidden)
+        inputs = _Inputs([normed])
         for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
-            self.round(f"self_attn.{name}", normed)
+            self.round(f"self_attn.{name}", inputs)
+        del inputs
         before: list[Tensor] = []
 
         def take(module: object, inputs: tuple[Tensor]) -> None:
             if not before:
                 before.append(inputs[0])
-                self.round("self_attn.o_proj", inputs[0])
+                self.round("self_attn.o_proj", _Inputs(inputs))
 
         hook = layer.self_attn.o_proj.register_forward_pre_hook(take)
         hidden = hidden + layer.self_attn(normed, cos_sin, self.attend)
@@ -120,17 +131,19 @@ class _LayerRounder:
         )
 
     def round_mlp(self, name: str, mlp: MLP, x: Tensor) -> Tensor:
+        inputs = _Inputs([x])
         for part in ("gate_proj", "up_proj"):
-            self.round(f"{name}.{part}", x)
+            self.round(f"{name}.{part}", inputs)
+        del inputs
         hidden = clamped_swiglu(mlp.gate_proj(x), mlp.up_proj(x), mlp.limit)
-        self.round(f"{name}.down_proj", hidden)
+        self.round(f"{name}.down_proj", _Inputs([hidden]))
         return mlp.down_proj(hidden)  # type: ignore[no-any-return]
 
-    def round(self, name: str, inputs: Tensor) -> None:
-        """Round one matrix for its inputs [num_tokens, k] and put its new values into the layer."""
+    def round(self, name: str, inputs: _Inputs) -> None:
+        """Round one matrix for its inputs and put its new values into the layer."""
         full = f"{self.prefix}.{name}.weight"
         weight = materialize(self.tensors[full], torch.float32)
-        rounded, packed = self._round(full, weight[None], [inputs])
+        rounded, packed = self._round(full, weight[None], inputs)
         self.packed[full] = packed[0]
         put(self.layer, f"{name}.weight", rounded[0])
 
@@ -147,16 +160,16 @@ class _LayerRounder:
         for first, gate, up, down in zip(range(0, num_experts, batch), *readers, strict=True):
             experts = range(first, min(first + batch, num_experts))
             tokens = [self._tokens_of(expert, scores, topk_ids) for expert in experts]
-            inputs = [x[rows] for rows in tokens]
+            inputs = _Inputs([x[rows] for rows in tokens])
             gate, packed = self._round(names[0], gate, inputs)
             parts[0].append(packed)
             up, packed = self._round(names[1], up, inputs)
             parts[1].append(packed)
             hidden = [
                 clamped_swiglu(F.linear(rows, gate[i]), F.linear(rows, up[i]), moe.limit)
-                for i, rows in enumerate(inputs)
+                for i, rows in enumerate(inputs.rows)
             ]
-            down, packed = self._round(names[2], down, hidden)
+            down, packed = self._round(names[2], down, _Inputs(hidden))
             parts[2].append(packed)
             for i, expert in enumerate(experts):
                 # Tokens that only helped to calibrate have weight 0.
@@ -175,13 +188,12 @@ class _LayerRounder:
             chose[others.topk(missing).indices] = True
         return chose.nonzero().flatten()
 
-    def _round(self, name: str, weight: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _round(self, name: str, weight: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
         """Stacked matrices [batch, n, k] -> the values they stand for, and packed bytes [batch, num_bytes]."""
         fmt = self.formats[name]
         assert fmt is not None, f"{name} is planned as packed"
         if fmt.is_int4:
-            hessian = torch.stack([rows.T @ rows for rows in inputs])
-            codes, scales = gptq(weight, hessian, fmt.group)
+            codes, scales = gptq(weight, inputs.factor, fmt.group)
             packed = [pack_groups(c, s, fmt) for c, s in zip(codes, scales, strict=True)]
         else:
             packed = [quantize(matrix, fmt) for matrix in weight]

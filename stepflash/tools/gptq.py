@@ -17,22 +17,22 @@ DAMPING = 0.01  # of the mean diagonal, as in the paper: H of few tokens is sing
 NUM_SCALES = 19
 
 
-def gptq(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Round stacked matrices to 4 bits.
 
     Args:
         weight: [batch, n, k] float32.
-        hessian: [batch, k, k] float32, the sum of x x^T over the inputs of each matrix.
+        factor: [batch, k, k], `inverse_factor` of the inputs; matrices that read the same inputs share it.
         group: consecutive k that share a scale.
     Returns:
         codes [batch, n, k] int8 in [-8, 7] and scales [batch, n, ceil(k / group)] float16.
-    Raises:
-        WeightsError: a value of the weights or inputs is NaN or infinite.
     """
     k = weight.shape[-1]
     padding = -k % group
     left = F.pad(weight.float(), (0, padding))
-    factor = _inverse_factor(F.pad(hessian.float(), (0, padding, 0, padding)))
+    if padding:
+        factor = F.pad(factor, (0, padding, 0, padding))
+        factor.diagonal(dim1=1, dim2=2)[:, k:] = 1.0
     importance = factor.diagonal(dim1=1, dim2=2).square().reciprocal()  # [batch, k]
     codes = torch.empty_like(left, dtype=torch.int8)
     scales = []
@@ -56,8 +56,10 @@ def gptq(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def search_scale(columns: Tensor, importance: Tensor) -> Tensor:
-    """float16 scales [batch, n] of groups [batch, n, group]: of 19 around the one that maps the signed peak to -8, that
-    with the least squared error weighted by `importance`, which broadcasts against the groups.
+    """float16 scales [batch, n] of groups [batch, n, group].
+
+    Of 19 scales around the one that maps the signed peak to -8, the one with the least squared error, weighted by
+    `importance`, which broadcasts against the groups.
     """
     low, high = columns.amin(-1), columns.amax(-1)
     peak = torch.where(high > -low, high, low)
@@ -74,8 +76,14 @@ def search_scale(columns: Tensor, importance: Tensor) -> Tensor:
     return best
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = H^-1, [batch, k, k]; H is damped, more if that is not enough."""
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = H^-1; H is damped, more if that is not enough.
+
+    Args:
+        hessian: [batch, k, k] float32, the sum of x x^T over the inputs of each matrix.
+    Raises:
+        WeightsError: a value is NaN or infinite.
+    """
     if not bool(hessian.isfinite().all()):
         raise WeightsError("the calibration inputs of a layer are NaN or infinite: the model is damaged")
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -85,7 +93,9 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
         damped = hessian + (damping * mean)[..., None] * eye
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed.any()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bool(failed.any()):
                 return upper
     raise WeightsError("the calibration inputs of a layer cannot be inverted: use another --calibration")

@@ -26,6 +26,7 @@ from stepflash.errors import ConfigError, WeightsError
 from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
 from stepflash.model.config import ModelConfig
 from stepflash.tools.calibrate import Calibration
+from stepflash.tools.receipt import MANIFEST_NAME
 from stepflash.weights.checkpoint import Checkpoint, compare, select_mtp
 from stepflash.weights.names import expected_tensors, keeps_float32, layer_of
 from stepflash.weights.packed import (
@@ -43,7 +44,6 @@ from stepflash.weights.packed import (
 from stepflash.weights.safetensors import DTYPE_BYTES, INDEX_NAME, PLAIN_DTYPES, read_header
 from stepflash.weights.stored import StoredTensor
 
-MANIFEST_NAME = "stepflash-quantize.json"  # there while a checkpoint is unfinished
 SHARD_BYTES = 1 << 30
 ALIGNMENT = 64  # of the data in a file: a cache line; packed tensors are multiples of it
 NONE = "none"  # instead of a format: no rule
@@ -267,7 +267,10 @@ def quantize_checkpoint(
             if calibration is not None and layer_of(tensors[0].stored.name) == calibration.next_layer:
                 rounded = calibration.round_layer()
             entries = _write_shard(
-                out / file, tensors, rounded, lambda n, start=start: on_progress(start + n, total)  # type: ignore[misc]
+                out / file,
+                tensors,
+                rounded,
+                lambda n, start=start: on_progress(start + n, total),  # type: ignore[misc]
             )
             if rounded and calibration is not None:
                 _save(out, calibration)

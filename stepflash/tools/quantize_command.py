@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from stepflash.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch import Tensor
 
 EPILOG_PROTECT = "a shell pattern over tensor names and a format, such as 'model.layers.7.*=int8'; repeatable"
 
@@ -32,28 +33,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--edge",
-        default="bf16",
+        default="int8",
         metavar="FORMAT",
         help="of the layers at both ends, which quantise badly; 'none' treats them like the others (%(default)s)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=("gptq", "nearest"),
+        help="gptq uses calibration text and is the default of int4; nearest needs none",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="calibrate on this text, parts separated by lines of --- (a shipped set of short tasks)",
+    )
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="sign the receipt with this Ed25519 key, made if missing"
     )
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="measure on this text; parts are separated by lines of ---"
     )
     parser.add_argument("--no-measure", action="store_true", help="a receipt with digests only")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Quantise, measure, write the receipt; the status is 1 if the quality did not pass."""
-    from stepflash.tools.quantize import make_recipe, quantize_checkpoint
-    from stepflash.tools.receipt import documents, measure, write_receipt
+    from stepflash.tools.quantize import GPTQ, NEAREST, make_recipe, quantize_checkpoint
+    from stepflash.tools.receipt import CALIBRATION_TEXTS, documents, measure, write_receipt
     from stepflash.weights.checkpoint import open_checkpoint
     from stepflash.weights.hub import resolve_model
+    from stepflash.weights.signature import open_signing_key, public_hex
 
     source = open_checkpoint(resolve_model(options.model))
     protect = [_protected(text) for text in options.protect]
     recipe = make_recipe(source.config, options.format, protect, options.edge)
+    rounding = options.rounding or (GPTQ if recipe.format.startswith("int4") else NEAREST)
+    if rounding == NEAREST and options.calibration is not None:
+        raise ConfigError("--calibration is for --rounding gptq, the default of int4")
+    calibration: list[Tensor] = []
+    origin = ""
+    if rounding == GPTQ:
+        calibration, origin = documents(source.path, options.calibration, CALIBRATION_TEXTS)
+        origin = f"{sum(map(len, calibration))} tokens of {origin}"
+    recipe = replace(recipe, rounding=rounding, calibration=origin)
+    key = open_signing_key(options.sign) if options.sign is not None else None
     token_ids, origin = documents(source.path, options.text)
     with _progress_bar() as bar:
         task = bar.add_task("quantising", total=None)
@@ -62,12 +87,12 @@ def run(options: argparse.Namespace) -> int:
                 source,
                 options.out,
                 recipe,
-                resume=options.resume,
+                token_ids=calibration,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except KeyboardInterrupt:
             print(
-                f"stepflash: interrupted; finished files are kept, --resume goes on in {options.out}",
+                f"stepflash: interrupted; finished files are kept, the same command goes on in {options.out}",
                 file=sys.stderr,
             )
             raise
@@ -81,7 +106,9 @@ def run(options: argparse.Namespace) -> int:
                 origin,
                 on_layer=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    receipt = write_receipt(options.out, tensors, asdict(recipe), quality)
+    receipt = write_receipt(options.out, tensors, asdict(recipe), quality, key)
+    if key is not None:
+        print(f"signed with the public key {public_hex(key)}", file=sys.stderr)
     _print(options, receipt)
     return 0 if quality is None or quality.passed else 1
 

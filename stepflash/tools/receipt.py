@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +33,12 @@ from stepflash.weights.load import materialize, put
 from stepflash.weights.names import keeps_float32
 from stepflash.weights.packed import STORED, StoredPacker, is_packable
 from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTPLayer
-from stepflash.weights.receipt import DIGEST, RECEIPT_NAME, VERSION, receipt_digest
+from stepflash.weights.receipt import RECEIPT_NAME, VERSION, receipt_digest
+from stepflash.weights.signature import DIGEST, SIGNATURE, sign
 
+MANIFEST_NAME = "stepflash-quantize.json"  # there while a checkpoint is unfinished
+# Beside the weights these decide about the answers.
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.jinja")
 TEXTS = Path(__file__).with_name("receipt-texts.json")
 CALIBRATION_TEXTS = Path(__file__).with_name("calibration-texts.json")
 MAX_DOCUMENT_TOKENS = 256
@@ -81,9 +86,7 @@ class Quality:
 # ---- tokens -------------------------------------------------------------------------------------------------
 
 
-def documents(
-    path: Path, text_file: Path | None = None, shipped: Path = TEXTS
-) -> tuple[list[Tensor], str]:
+def documents(path: Path, text_file: Path | None = None, shipped: Path = TEXTS) -> tuple[list[Tensor], str]:
     """Token ids of the texts to compare or calibrate on, and a word about where they come from.
 
     The shipped texts, or a file whose parts are separated by lines of `---`; without a tokenizer random ids from a
@@ -309,26 +312,38 @@ def _overlap(first: Tensor, second: Tensor) -> float:
 
 
 def write_receipt(
-    out: Path, tensors: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any], quality: Quality | None
+    out: Path,
+    tensors: Mapping[str, Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    quality: Quality | None,
+    key: Ed25519PrivateKey | None = None,
 ) -> dict[str, Any]:
-    """Write the receipt beside the weights; its JSON object.
+    """Write the receipt beside the weights; its JSON object. The run then counts as finished.
 
     Args:
         tensors: what `quantize_checkpoint` returned.
+        key: signs it.
     """
     sources = "".join(f"{name} {entry['source_sha256']}\n" for name, entry in tensors.items())
     values: dict[str, Any] = {
         "version": VERSION,
         "recipe": dict(recipe),
         "source_sha256": hashlib.sha256(sources.encode()).hexdigest(),
-        "signature": "none: receipt_sha256 finds damage and careless edits, it does not prove who wrote this",
         "quality": None if quality is None else asdict(quality),
+        "files": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for pattern in FILES
+            for path in sorted(out.glob(pattern))
+        },
         "tensors": tensors,
     }
+    if key is not None:
+        values[SIGNATURE] = sign(values, key)
     values[DIGEST] = receipt_digest(values)
     part = out / f"{RECEIPT_NAME}.part"
     part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     os.replace(part, out / RECEIPT_NAME)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
     return values
 
 

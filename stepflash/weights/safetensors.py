@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepflash.errors import WeightsError
 from stepflash.kernels.formats import Format, pack_fp8
+from stepflash.weights.known_bad import FOREIGN_METHODS
 from stepflash.weights.names import SCALE_SUFFIX, VISION_PREFIXES, Shape, released_name, scale_shape
 from stepflash.weights.packed import QUANT_METHOD, packed_tensors, released_of, row_counts, stored_packed
 from stepflash.weights.stored import (
@@ -137,7 +138,7 @@ def fp8_block(folder: Path, raw_config: Mapping[str, Any]) -> tuple[int, int]:
     if method != "fp8":
         raise WeightsError(
             f"{folder}: quantised with {method!r}; stepflash reads bf16, fp16, fp32 and fp8 (128 x 128 blocks) "
-            "safetensors, its own packed ones, and GGUF"
+            f"safetensors, its own packed ones, and GGUF{_known(method)}"
         )
     block = quantization.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
@@ -145,6 +146,14 @@ def fp8_block(folder: Path, raw_config: Mapping[str, Any]) -> tuple[int, int]:
             f"{folder}: quantization_config.weight_block_size is {block!r}, not two positive integers"
         )
     return block[0], block[1]
+
+
+def _known(method: object) -> str:
+    return (
+        f"; known bad: {FOREIGN_METHODS[method]}"
+        if isinstance(method, str) and method in FOREIGN_METHODS
+        else ""
+    )
 
 
 def _packed_tensors(folder: Path, raw_config: Mapping[str, Any]) -> dict[str, tuple[Format, Shape]]:

@@ -39,6 +39,8 @@ IDS = torch.arange(3, 60) * 7 % 512
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.delenv("STEPFLASH_DEBUG", raising=False)
+    monkeypatch.delenv("STEPFLASH_ALLOW_KNOWN_BAD", raising=False)
+    monkeypatch.setenv("STEPFLASH_TRUSTED_SIGNERS", "/nonexistent")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Micro in int4 by the command, with its receipt."""
     out = tmp_path_factory.mktemp("quantised") / "int4"
     # Random weights amplify every rounding: micro in 4 bits is honestly reported as bad, with status 1.
-    assert main(["quantize", str(MICRO), str(out), "--format", "int4-g32", "--json"]) == 1
+    assert (
+        main(
+            [
+                "quantize",
+                str(MICRO),
+                str(out),
+                "--format",
+                "int4-g32",
+                "--edge",
+                "bf16",
+                "--rounding",
+                "nearest",
+                "--json",
+            ]
+        )
+        == 1
+    )
     return out
 
 
@@ -70,11 +88,13 @@ def edit_receipt(folder: Path, change: Callable[[dict[str, Any]], object], sign:
 def test_edges_of_the_released_model_are_those_that_broke() -> None:
     assert edge_layers(45) == (0, 1, 2, 3, 4, 43, 44)
     assert edge_layers(8) == (0, 7)
-    recipe = make_recipe(ModelConfig.from_pretrained(RELEASED), "int4-g32", [("model.layers.43.*", "int8")])
+    recipe = make_recipe(
+        ModelConfig.from_pretrained(RELEASED), "int4-g32", [("model.layers.43.*", "fp8")], "bf16"
+    )
     name = "model.layers.{}.self_attn.q_proj.weight"
     formats = {i: recipe.format_name(name.format(i)) for i in (0, 4, 5, 42, 43, 44, 45, 47)}
     assert formats == {
-        0: "bf16", 4: "bf16", 5: "int4_g32", 42: "int4_g32", 43: "int8", 44: "bf16", 45: "int8", 47: "int8",
+        0: "bf16", 4: "bf16", 5: "int4_g32", 42: "int4_g32", 43: "fp8", 44: "bf16", 45: "int8", 47: "int8",
     }  # fmt: skip
     assert recipe.format_name("model.layers.20.self_attn.g_proj.weight") == "bf16"
 
@@ -105,7 +125,7 @@ def test_unusable_rules(protect: tuple[str, str], message: str, tmp_path: Path) 
 
 
 def test_loads_as_what_packing_at_load_gives(made: Path) -> None:
-    rules = dict(make_recipe(ModelConfig.from_pretrained(MICRO), "int4").rules)
+    rules = dict(make_recipe(ModelConfig.from_pretrained(MICRO), "int4", edge="bf16").rules)
     expected = load_model(MICRO, progress=False, quantization="int4", protect=rules)
     actual = load_model(made, progress=False)
     assert torch.equal(actual.logits(IDS), expected.logits(IDS))
@@ -159,13 +179,11 @@ def test_resuming_gives_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, parts, recipe, shard_bytes=1 << 20)
     monkeypatch.setattr(quantize, "_write_tensor", write)
-    with pytest.raises(ConfigError, match="--resume goes on with it"):
-        quantize_checkpoint(source, parts, recipe, shard_bytes=1 << 20)
     with pytest.raises(ConfigError, match="another source or recipe"):
-        quantize_checkpoint(source, parts, make_recipe(source.config, "int4"), resume=True)
+        quantize_checkpoint(source, parts, make_recipe(source.config, "int4"))
     finished = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.safetensors")}
     assert (len(finished) > 0) == (interrupted_after == 100)
-    resumed = quantize_checkpoint(source, parts, recipe, resume=True, shard_bytes=1 << 20)
+    resumed = quantize_checkpoint(source, parts, recipe, shard_bytes=1 << 20)
     assert resumed == tensors
     assert all((parts / name).stat().st_mtime_ns == stamp for name, stamp in finished.items())
     assert {path.name: path.read_bytes() for path in parts.iterdir()} == {
@@ -245,14 +263,15 @@ def test_good_unknown_and_bad(
 ) -> None:
     caplog.set_level(logging.WARNING, "stepflash")
     load_model(copy, progress=False)
-    assert "KNOWN BAD: bad: KL" in caplog.text
+    assert "POOR QUALITY: bad: KL" in caplog.text
     assert main(["inspect", str(copy)]) == 1
     assert "bad: KL" in capsys.readouterr().out
 
     caplog.clear()
     edit_receipt(copy, lambda values: values["quality"].update(passed=True))
     load_model(copy, progress=False)
-    assert not caplog.text
+    assert "unknown: its receipt is not signed" in caplog.text
+    assert "QUALITY" not in caplog.text
     assert main(["inspect", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["receipt"]["is_good"] is True
 
@@ -260,7 +279,7 @@ def test_good_unknown_and_bad(
     assert verdict(read_receipt(copy)) == "unknown: its receipt has digests but no measurement"
     (copy / RECEIPT_NAME).unlink()
     load_model(copy, progress=False)
-    assert "its quality is unknown" in caplog.text
+    assert f"unknown: it has no {RECEIPT_NAME}" in caplog.text
     assert verdict(read_receipt(copy)) == "unknown: no receipt"
 
 
