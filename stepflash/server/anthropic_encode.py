@@ -176,5 +176,10 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens, **usage.thinking_json()},
+        "output_tokens_details": {
+            "thinking_tokens": usage.reasoning_tokens,
+            "accepted_draft_tokens": usage.accepted_draft_tokens,
+            "drafted_tokens": usage.drafted_tokens,
+            **usage.thinking_json(),
+        },
     }

@@ -192,7 +192,12 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, **usage.thinking_json()},
+        "output_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "accepted_draft_tokens": usage.accepted_draft_tokens,
+            "drafted_tokens": usage.drafted_tokens,
+            **usage.thinking_json(),
+        },
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 

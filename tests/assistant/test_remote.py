@@ -41,6 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         {"messages": HELLO, "max_tokens": 80, "thinking": {"type": "enabled", "budget_tokens": 6}},
     ),
+    "format": (
+        "/v1/completions",
+        {"prompt": "hello", "max_tokens": 30, "response_format": {"type": "json_object"}},
+    ),
     "text": ("/v1/completions", {"prompt": "hello", "max_tokens": 12, "logprobs": 3}),
     "responses": ("/v1/responses", {"input": "hello", "max_output_tokens": 12}),
     "messages": ("/v1/messages", {"messages": HELLO, "max_tokens": 12, "thinking": {"type": "adaptive"}}),
