@@ -6,6 +6,10 @@
 
 namespace SF_ISA {
 
+// A page ahead: the processor's own prefetcher stops at its end. Measured on Zen 5, two threads, a token of mini in
+// int4: 4.07 ms without, 3.88 with; half or a quarter of the distance gives nothing.
+constexpr int AHEAD = 4096;
+
 // NIBBLES: one 64-byte vector carries rows 0-15 in its low and rows 16-31 in its high nibbles. The high ones
 // stay in place (times 16) and the exact integer sum is shifted back once per group.
 template <int GROUP, bool NIBBLES, int M>
@@ -29,6 +33,7 @@ static void int_tile(const uint8_t* panel, int64_t k, const Record& record, cons
     for (int quad = 0; quad < GROUP / 4; ++quad) {
       vi w0, w1;
       if (NIBBLES) {
+        if (M == 1) prefetch(weights + quad * 64 + AHEAD);
         const vi w = loadi(weights + quad * 64);
         w0 = w & low;
         w1 = w & high;
