@@ -34,7 +34,9 @@ PACKAGES = (
     "fastapi",
     "uvicorn",
     "pydantic",
+    "httpx",
     "prometheus-client",
+    "cryptography",
 )
 STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
