@@ -1,7 +1,8 @@
 """Ways to quantise the released model that were reported to give broken output.
 
-Entries are facts about formats and layers, matched against what the files hold, not against what they say of
-themselves. They speak of the released model only: other sizes have other edges.
+Entries are facts about formats and layers, matched against what the files hold. Only whether the rounding was
+calibrated is taken from the receipt, which proves it no better than its signature does. They speak of the released
+model only: other sizes have other edges.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ def read_receipt(folder: Path) -> Receipt | None:
         values = json.loads(path.read_bytes())
         digests = {name: entry["sha256"] for name, entry in values["tensors"].items()}
         version, own = values["version"], values[DIGEST]
+        values["recipe"].get("rounding")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a receipt: {type(error).__name__}: {error}") from error
     if version != VERSION:
