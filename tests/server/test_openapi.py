@@ -93,7 +93,7 @@ def test_every_post_says_what_it_takes() -> None:
     for path, operations in description["paths"].items():
         for method, operation in operations.items():
             takes = "requestBody" in operation
-            assert takes == (path in BODIES), (method, path)
+            assert takes == (method == "post" and path in BODIES), (method, path)
             assert "422" not in operation["responses"]
     names = set(description["components"]["schemas"])
     assert {"ChatBody", "MessagesBody", "ResponsesBody", "CompletionBody"} <= names
