@@ -54,3 +54,32 @@ def test_every_launch_compiles_for_a_gpu_that_is_not_here() -> None:
 def test_importing_the_ops_does_not_import_triton() -> None:
     code = "import sys, stepflash.kernels.ops; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_benchmark_needs_a_device_and_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py"],
+        cwd=CASES.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("no CUDA device")
+
+
+def test_the_checks_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU's kernels; a kernel that is wrong is found."""
+    from benchmarks.gpu import SMALL, check
+    from stepflash.kernels import ops
+    from stepflash.kernels.formats import Format
+
+    torch.manual_seed(0)
+    assert check(SMALL, [Format.BF16, Format.INT4_G32], "cpu") == []
+    right = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *args: right(*args) * 1.01)
+    found = check(SMALL, [Format.BF16], "cpu")
+    assert len(found) == 3
+    assert all("q_proj bf16" in sentence for sentence in found)
