@@ -23,6 +23,7 @@ from stepflash.settings import (
     DTYPES,
     KV_DTYPES,
     LOG_FORMATS,
+    REASONING_FIELDS,
     EngineSettings,
     ServerSettings,
     did_you_mean,
@@ -194,6 +195,10 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
         help="render prompts as they come; what clients change for no reason then costs cached prefixes",
     )
     group.add_argument(
+        "--reasoning-field", default="reasoning_content", metavar="NAME",
+        help=f"where chat completions tell the thought: {', '.join(REASONING_FIELDS)} (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--otlp-endpoint", metavar="URL", help="send OpenTelemetry traces there (needs stepflash[otel])"
     )
 
@@ -263,6 +268,7 @@ def _server_settings(args: argparse.Namespace) -> ServerSettings:
         log_format=args.log_format,
         log_prompts=args.log_prompts,
         is_canonical=not args.keep_client_noise,
+        reasoning_field=args.reasoning_field,
         otlp_endpoint=args.otlp_endpoint,
     )
 

@@ -18,6 +18,12 @@ DEFAULT_MODEL = "nano"
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("float32", "bfloat16", "int8")
 LOG_FORMATS = ("auto", "json", "text", "off")
+# Where chat completions tell the thought: names of fields by the name of the choice.
+REASONING_FIELDS = {
+    "reasoning_content": ("reasoning_content",),
+    "reasoning": ("reasoning",),
+    "both": ("reasoning_content", "reasoning"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +86,7 @@ class ServerSettings:
     log_prompts: bool = False
     otlp_endpoint: str | None = None
     is_canonical: bool = True
+    reasoning_field: str = "reasoning_content"
     max_thinking_tokens: int | None = None
     max_task_thinking_tokens: int | None = None
     stops_thinking_loops: bool = True
@@ -93,6 +100,9 @@ class ServerSettings:
             raise ConfigError("api_key must not begin with a space")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if self.reasoning_field not in REASONING_FIELDS:
+            known = ", ".join(REASONING_FIELDS)
+            raise ConfigError(f"reasoning_field must be one of {known}, got {self.reasoning_field!r}")
         if self.drain_seconds < 0:
             raise ConfigError(f"drain_seconds must be at least 0, got {self.drain_seconds}")
         for origin in self.cors_origins:

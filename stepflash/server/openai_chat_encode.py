@@ -30,11 +30,12 @@ TokenBytes = Callable[[int], bytes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHead:
-    """What every chunk of one reply repeats."""
+    """What every chunk of one reply repeats, and the fields in which it tells the thought."""
 
     id: str
     created: int
     model: str
+    reasoning_fields: tuple[str, ...] = ("reasoning_content",)
 
 
 def response(head: ResponseHead, answers: Sequence[Answer], token_bytes: TokenBytes) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def response(head: ResponseHead, answers: Sequence[Answer], token_bytes: TokenBy
         "object": "chat.completion",
         "created": head.created,
         "model": head.model,
-        "choices": [_choice(index, answer, token_bytes) for index, answer in enumerate(answers)],
+        "choices": [_choice(head, index, answer, token_bytes) for index, answer in enumerate(answers)],
         "usage": usage_json(total_usage([answer.usage for answer in answers], len(answers))),
     }
 
@@ -56,7 +57,7 @@ async def chunks(
     token_bytes: TokenBytes,
 ) -> AsyncGenerator[dict[str, Any]]:
     """The streamed reply: `items` are those of all choices as they come."""
-    encoders = [ChoiceEncoder(index, token_bytes) for index in range(request.num_choices)]
+    encoders = [ChoiceEncoder(head, index, token_bytes) for index in range(request.num_choices)]
     usages = [Usage()] * request.num_choices
     yield _chunk(head, [encoder.start() for encoder in encoders])
     async with aclosing(items):
@@ -88,7 +89,8 @@ def _chunk(
 class ChoiceEncoder:
     """Encodes the stream of one choice; log-probabilities travel with the next chunk that is sent."""
 
-    def __init__(self, index: int, token_bytes: TokenBytes) -> None:
+    def __init__(self, head: ResponseHead, index: int, token_bytes: TokenBytes) -> None:
+        self._head = head
         self._index = index
         self._token_bytes = token_bytes
         self._logprobs: list[TokenLogprob] = []
@@ -103,7 +105,7 @@ class ChoiceEncoder:
             self._logprobs.extend(item.logprobs)
         elif isinstance(item, Finish):
             yield self._choice({}, finish_reason=finish_reason(item.reason))
-        elif (delta := _delta(item)) is not None:
+        elif (delta := _delta(self._head, item)) is not None:
             yield self._choice(delta)
 
     def _choice(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -160,10 +162,10 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-def _choice(index: int, answer: Answer, token_bytes: TokenBytes) -> dict[str, Any]:
+def _choice(head: ResponseHead, index: int, answer: Answer, token_bytes: TokenBytes) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.reasoning is not None:
-        message["reasoning_content"] = answer.reasoning
+        message |= dict.fromkeys(head.reasoning_fields, answer.reasoning)
     if answer.tool_calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -177,10 +179,10 @@ def _choice(index: int, answer: Answer, token_bytes: TokenBytes) -> dict[str, An
     }
 
 
-def _delta(event: Event) -> dict[str, Any] | None:
+def _delta(head: ResponseHead, event: Event) -> dict[str, Any] | None:
     match event:
         case ReasoningDelta(text):
-            return {"reasoning_content": text}
+            return dict.fromkeys(head.reasoning_fields, text)
         case ContentDelta(text):
             return {"content": text}
         case ToolCallStart(index, id, name):

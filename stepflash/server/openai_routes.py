@@ -23,6 +23,7 @@ from stepflash.server.openai_errors import describe
 from stepflash.server.openai_schema import ChatBody, CompletionBody
 from stepflash.server.service import Service
 from stepflash.server.sse import DONE, EventStream, frame
+from stepflash.settings import REASONING_FIELDS
 
 
 class OpenAIRoutes:
@@ -124,7 +125,10 @@ class OpenAIRoutes:
 
     def _head(self, prefix: str) -> ResponseHead:
         return ResponseHead(
-            id=prefix + new_request_id(), created=int(time.time()), model=self.service.model_name
+            id=prefix + new_request_id(),
+            created=int(time.time()),
+            model=self.service.model_name,
+            reasoning_fields=REASONING_FIELDS[self.service.settings.reasoning_field],
         )
 
     def _model_json(self) -> dict[str, Any]:

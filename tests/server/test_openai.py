@@ -95,6 +95,23 @@ def test_chat_completion() -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] == 1
 
 
+@pytest.mark.parametrize(
+    ("choice", "fields"), [("reasoning", {"reasoning"}), ("both", {"reasoning", "reasoning_content"})]
+)
+def test_the_thought_goes_where_the_client_looks(choice: str, fields: set[str]) -> None:
+    client = client_of(scripted_session(THOUGHT_AND_ANSWER), reasoning_field=choice)
+    body: dict[str, Any] = {"model": "scripted", "messages": HELLO}
+    message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert {name: text for name, text in message.items() if "reasoning" in name} == dict.fromkeys(
+        fields, "Let me think"
+    )
+    chunks = frames(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    deltas = [part["delta"] for chunk in chunks for part in chunk["choices"]]
+    told = {name: "".join(delta.get(name, "") for delta in deltas) for name in fields}
+    assert told == dict.fromkeys(fields, "Let me think")
+    assert {name for delta in deltas for name in delta} == {"role", "content"} | fields
+
+
 ANSWERS = st.sampled_from(
     [
         THOUGHT_AND_ANSWER,
