@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -96,6 +97,15 @@ def test_a_stop_token_is_not_part_of_the_text(llm: LLM) -> None:
     assert (output.text, output.token_ids, output.finish_reason) == ("", [2], "stop")
 
 
+@pytest.fixture
+def obeys_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs with Ctrl-C ignored, and the tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("obeys_ctrl_c")
 def test_ctrl_c_ends_a_batch_between_two_steps_and_the_llm_goes_on(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
