@@ -314,19 +314,16 @@ def _load(
     model: str | Path, dtype: str | torch.dtype, quantization: str | None, device: str
 ) -> tuple[Path, Step3p5ForCausalLM]:
     from stepflash.kernels.build import load as load_kernels
-    from stepflash.weights.checkpoint import open_checkpoint
     from stepflash.weights.hub import resolve_model
     from stepflash.weights.load import load_model
-    from stepflash.weights.packed import STORED, draft_formats
+    from stepflash.weights.packed import STORED
 
     path = resolve_model(model)
     # float32 asks for precision, and without native kernels packed weights are slower than decoded ones.
     may_pack = str(dtype).endswith("bfloat16") and torch.device(device).type == "cpu"
     if quantization is None and may_pack and load_kernels():
         # Prediction modules only propose: in fewer bits they are quicker, and no answer can change.
-        checkpoint = open_checkpoint(path)
-        drafts = draft_formats(checkpoint.tensors, checkpoint.config.num_layers, "int8")
-        return path, load_model(path, dtype=dtype, device=device, quantization=STORED, protect=drafts or None)
+        return path, load_model(path, dtype=dtype, device=device, quantization=STORED, draft_format="int8")
     return path, load_model(path, dtype=dtype, device=device, quantization=quantization)
 
 

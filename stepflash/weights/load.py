@@ -29,7 +29,7 @@ from stepflash.weights.checkpoint import Checkpoint, compare, is_packed, open_ch
 from stepflash.weights.gguf import rotary_divisors
 from stepflash.weights.hub import resolve_model
 from stepflash.weights.names import expected_tensors, keeps_float32
-from stepflash.weights.packed import PLAIN, STORED, StoredPacker, is_packable
+from stepflash.weights.packed import PLAIN, STORED, StoredPacker, draft_formats, is_packable
 from stepflash.weights.quantized import DEFAULT_PROTECT, pack_network
 from stepflash.weights.receipt import checked_receipt
 from stepflash.weights.stored import StoredTensor
@@ -49,6 +49,7 @@ def load_model(
     memory_map: bool = True,
     quantization: str | None = None,
     protect: Mapping[str, str] | None = None,
+    draft_format: str | None = None,
 ) -> Step3p5ForCausalLM:
     """Load a model of this architecture.
 
@@ -73,6 +74,8 @@ def load_model(
             trained. Packed weights for a GPU are packed in host memory first. None is "stored" for a checkpoint
             of `stepflash quantize` and "plain" for all others.
         protect: patterns of released names to formats, see `quantize_model`; None keeps the head gates in bf16.
+        draft_format: of the prediction modules' matrices that are stored as plain floats, head gates excepted;
+            where weights are packed and `protect` says nothing else.
     Raises:
         WeightsError: anything absent, damaged, left over, of a wrong shape, or not what its receipt says.
         ConfigError: the configuration or the quantisation is wrong or not supported.
@@ -108,6 +111,9 @@ def load_model(
             bar.advance(task, stored.num_bytes)
         if quantization != PLAIN:
             rules = DEFAULT_PROTECT if protect is None and quantization != STORED else protect or {}
+            if draft_format is not None:
+                drafts = draft_formats(checkpoint.tensors, config.num_layers, draft_format)
+                rules = {**rules, **drafts, **rules}  # the first match wins
             packer = StoredPacker(
                 checkpoint.tensors,
                 quantization,
