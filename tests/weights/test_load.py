@@ -223,14 +223,16 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 
 # ---- memory -------------------------------------------------------------------------------------------------
 
-# A load before measures nothing: it brings in the imports. Writing 5 to clear_refs resets the peak.
+# The same load goes before: it brings in imports, code pages and compiled products. What it left in the heap is given
+# back, or it would hide the buffers of the second one. Writing 5 to clear_refs resets the peak.
 MEASURE = """
-import sys
+import ctypes, sys
 from stepflash.weights.load import load_model
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
-micro, path, dtype = sys.argv[1:]
-load_model(micro, dtype=dtype, memory_map=False)
+path, dtype = sys.argv[1:]
+load_model(path, dtype=dtype, memory_map=False)
+ctypes.CDLL(None).malloc_trim(0)
 before = status("VmRSS:")
 open("/proc/self/clear_refs", "w").write("5")
 model = load_model(path, dtype=dtype, memory_map=False)
@@ -248,12 +250,12 @@ def test_peak_memory_stays_within_five_percent(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_random_checkpoint(folder, size, shard_bytes=32 << 20)
     make_fp8(folder)
-    command = [sys.executable, "-c", MEASURE, str(MICRO), str(folder), "float32"]
+    command = [sys.executable, "-c", MEASURE, str(folder), "float32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     peak_bytes, model_bytes = map(int, result.stdout.split())
     assert model_bytes > 250e6
-    assert peak_bytes < 1.05 * model_bytes + (4 << 20)  # and a chunk or two
+    assert peak_bytes < 1.05 * model_bytes
 
 
 def make_fp8(folder: Path) -> None:
