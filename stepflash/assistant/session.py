@@ -92,18 +92,14 @@ class Session:
             BadSchema: the format, or the schema of a tool that it concerns, cannot be enforced.
             RequestError: the template refuses the conversation.
         """
-        rendered = self.template.render(
-            conversation.messages, tools=conversation.tools, variables=template_variables
-        )
         tools = (*conversation.tools, *extra_tools)
         thinking = thinking or Thinking(stops_loops=False)
         if calls.demanded and not self._takes_constraints:
             # All that can be done is to begin the call and to leave the rest to the model.
             thinking, prefill, calls = NO_THOUGHT, calls.opening(), replace(calls, demanded=())
-        thinks = rendered.opens_thought and thinking.is_wanted and not prefill
-        text = rendered.text + (EMPTY_THOUGHT if rendered.opens_thought and not thinks else "") + prefill
+        text, cut_points, thinks = self._render(conversation, template_variables, thinking, prefill)
         grammar = self._grammar(tools, calls, answer_format, thinks)
-        token_ids, cut_points = self.tokenizer.encode_with_cuts(text, rendered.cut_points)
+        token_ids, cut_points = self.tokenizer.encode_with_cuts(text, cut_points)
         request = self._request(token_ids, sampling, cut_points)
         task = None
         if thinks and thinking.task_tokens is not None:
@@ -161,15 +157,36 @@ class Session:
             return None
         return thought_limit(thinking, self.tokenizer, num_thought_in_task)
 
-    def num_prompt_tokens(self, conversation: Conversation, *, thinks: bool = True) -> int:
+    def num_prompt_tokens(
+        self,
+        conversation: Conversation,
+        *,
+        prefill: str = "",
+        template_variables: Mapping[str, Any] | None = None,
+        thinking: Thinking | None = None,
+    ) -> int:
         """The length of the prompt that `prepare` would make of it, whether or not it fits.
 
         Raises:
             RequestError: the template refuses the conversation.
         """
-        rendered = self.template.render(conversation.messages, tools=conversation.tools)
+        text, _, _ = self._render(conversation, template_variables, thinking or Thinking(), prefill)
+        return len(self.tokenizer.encode(text))
+
+    def _render(
+        self,
+        conversation: Conversation,
+        template_variables: Mapping[str, Any] | None,
+        thinking: Thinking,
+        prefill: str,
+    ) -> tuple[str, Sequence[int], bool]:
+        """The prompt with the beginning of its answer, its cut points, and whether the model thinks first."""
+        rendered = self.template.render(
+            conversation.messages, tools=conversation.tools, variables=template_variables
+        )
+        thinks = rendered.opens_thought and thinking.is_wanted and not prefill
         closing = EMPTY_THOUGHT if rendered.opens_thought and not thinks else ""
-        return len(self.tokenizer.encode(rendered.text + closing))
+        return rendered.text + closing + prefill, rendered.cut_points, thinks
 
     def prepare_text(
         self,

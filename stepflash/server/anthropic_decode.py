@@ -1,79 +1,89 @@
 """Decodes the bodies of `/v1/messages` and `/v1/messages/count_tokens` into values; pure.
 
-What a field does is listed in docs/api.md. Fields that nobody needs for the answer (metadata, service_tier,
-context_management, betas, cache_control, ...) are ignored, as are unknown ones: clients send new ones before
-servers know them. What would change the answer and cannot be honoured is refused.
+What a field does is listed in docs/api.md. Fields that nobody needs for the answer are ignored, as are unknown ones:
+clients send new ones before servers know them. What would change the answer and cannot be honoured is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from stepflash.assistant.budget import NO_THOUGHT, Thinking
-from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import Conversation, Message, Tool
 from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
+from stepflash.server.answer_request import AnswerBody, AnswerRequest, template_fields
 from stepflash.server.anthropic_messages import messages_from_anthropic, tools_from_anthropic
-from stepflash.server.structured_output import answer_format
-from stepflash.server.thinking_fields import ThinkingBody, read_thinking
+from stepflash.server.body import Refusal
+from stepflash.server.sampling_fields import SamplingBody, sampling_params, stop_strings
+from stepflash.server.structured_output import read_format
+from stepflash.server.thinking_fields import read_thinking
 from stepflash.server.tool_choice import demanded_calls
 
-MAX_STOP_SEQUENCES = 64
+# What the server would have to do to the context for the client; the first is what the template does anyway.
+HARMLESS_EDITS = ("clear_thinking_",)
 
 
-class MessagesBody(ThinkingBody):
-    """Body of both routes; only one of them needs `max_tokens`."""
+class MessagesBody(AnswerBody):
+    """Body of `POST /v1/messages`."""
 
-    model: str | None = None
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        **SamplingBody.refused,
+        "container": Refusal("there are no containers"),
+        "mcp_servers": Refusal("the server connects to no other servers"),
+        "compaction": Refusal("ask for a summary in a message"),
+        "thread": Refusal("no conversations are kept; send all messages"),
+        "stop": Refusal("use stop_sequences"),
+        "n": Refusal("a message is one answer", harmless=(1,)),
+        "response_format": Refusal("use output_config.format"),
+        "reasoning_effort": Refusal("use output_config.effort"),
+        "max_completion_tokens": Refusal("use max_tokens"),
+        "logprobs": Refusal("messages have no log-probabilities; chat completions and responses do"),
+        "top_logprobs": Refusal(
+            "messages have no log-probabilities; chat completions and responses do", harmless=(0,)
+        ),
+    }
+    ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | {
+        "betas",
+        "billing_policy",
+        "cache_control",
+        "diagnostics",
+        "fallback_credit_token",
+        "fallbacks",
+        "inference_geo",
+        "metadata",
+        "service_tier",
+        "speed",
+        "user_profile_id",
+        "workspace_id",
+    }
+
     messages: list[dict[str, Any]]
+    max_tokens: int
     system: str | list[dict[str, Any]] | None = None
-    max_tokens: int | None = None
-    stream: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     output_config: dict[str, Any] | None = None
     output_format: Any = None
-    container: Any = None
-    mcp_servers: list[Any] | None = None
+    context_management: dict[str, Any] | None = None
+
+
+class CountTokensBody(MessagesBody):
+    """Body of `POST /v1/messages/count_tokens`: the same, without an answer."""
+
+    max_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MessagesRequest:
-    """A decoded body. `prefill` is the beginning of the answer, in the client's own words, which the reply does not
-    repeat."""
+class MessagesRequest(AnswerRequest):
+    """A decoded body. The reply does not repeat `prefill`."""
 
-    model: str | None
-    conversation: Conversation
-    sampling: SamplingParams
     max_tokens: int
-    deferred_tools: tuple[Tool, ...] = ()
-    stream: bool = False
-    prefill: str = ""
-    max_tool_calls: int | None = None
     shows_thinking: bool = True
-    thinking: Thinking = NO_THOUGHT
-    answer_format: AnswerFormat | None = None
-    calls: CallRules = FREE_CALLS
-
-
-def decode_conversation(body: MessagesBody) -> tuple[Conversation, tuple[Tool, ...]]:
-    """The conversation, and the tools that may be called but are not listed in its head.
-
-    Raises:
-        RequestError: a message or a tool is wrong.
-    """
-    tools = tools_from_anthropic(body.tools or ())
-    if not body.messages:
-        raise RequestError("messages: at least one message is required", param="messages")
-    messages = messages_from_anthropic(body.system, body.messages, tools)
-    return Conversation(messages=messages, tools=tools.listed), tools.deferred
 
 
 def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
@@ -82,10 +92,12 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
     Raises:
         RequestError: a value is wrong, or asks for something that is not supported.
     """
-    _refuse_unsupported(body)
-    if body.max_tokens is None:
-        raise RequestError("max_tokens: field required", param="max_tokens")
-    conversation, deferred = decode_conversation(body)
+    _refuse_edits(body.context_management)
+    tools = tools_from_anthropic(body.tools or ())
+    if not body.messages:
+        raise RequestError("messages: at least one message is required", param="messages")
+    messages = messages_from_anthropic(body.system, body.messages, tools)
+    conversation, deferred = Conversation(messages=messages, tools=tools.listed), tools.deferred
     given_text = ""
     if (last := conversation.messages[-1]).role == "assistant":
         given_text = _given_text(last)
@@ -95,26 +107,28 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
     conversation, deferred, calls = _apply_tool_choice(body, conversation, deferred)
     config = body.output_config or {}
     param = "output_config.format" if "format" in config else "output_format"
-    form = answer_format(config.get("format", body.output_format), param)
+    form = read_format(body, config.get("format", body.output_format), param)
     if given_text and (calls.demanded or form is not None):
         raise RequestError(
             "messages: the answer cannot begin with given text and with a demanded call or format",
             param="messages",
         )
-    thinking = read_thinking(body, effort=config.get("effort"), effort_param="output_config.effort")
     return MessagesRequest(
-        model=body.model,
         conversation=conversation,
-        sampling=_sampling(body, defaults),
+        sampling=sampling_params(
+            body,
+            defaults,
+            max_tokens=("max_tokens", body.max_tokens),
+            stop=stop_strings("stop_sequences", body.stop_sequences),
+        ),
         max_tokens=body.max_tokens,
         deferred_tools=deferred,
         stream=bool(body.stream),
         prefill=given_text,
-        max_tool_calls=1 if calls.is_single else None,
         shows_thinking=(body.thinking or {}).get("display") != "omitted",
-        thinking=thinking if thinks(body) else NO_THOUGHT,
         answer_format=form,
         calls=calls,
+        **template_fields(body, _thinking(body, messages[-1])),
     )
 
 
@@ -126,14 +140,50 @@ def _given_text(message: Message) -> str:
     return message.content
 
 
-def thinks(body: MessagesBody) -> bool:
-    """Whether the client wants a thought; without the field it does not."""
-    kind = (body.thinking or {"type": "disabled"}).get("type")
-    if kind not in ("enabled", "adaptive", "disabled"):
+def _thinking(body: MessagesBody, last: Message) -> Thinking:
+    """What may be thought; without the field nothing."""
+    thinking, config = body.thinking or {"type": "disabled"}, body.output_config or {}
+    kind = thinking.get("type")
+    if kind not in ("enabled", "adaptive", "disabled", "between_tools"):
         raise RequestError(
-            f"thinking.type: {kind!r} is not one of enabled, adaptive, disabled", param="thinking.type"
+            f"thinking.type: {kind!r} is not one of enabled, adaptive, between_tools, disabled",
+            param="thinking.type",
         )
-    return bool(kind != "disabled")
+    wanted = read_thinking(body, effort=config.get("effort"), effort_param="output_config.effort")
+    if config.get("task_budget") is not None:
+        wanted = _within_budget(wanted, config["task_budget"])
+    # Between tools: when the results of some have come, not before the first call.
+    thinks = kind in ("enabled", "adaptive") or (kind == "between_tools" and last.role == "tool")
+    return wanted if thinks else NO_THOUGHT
+
+
+def _within_budget(thinking: Thinking, budget: Any) -> Thinking:
+    """A budget of the task counts all of its tokens; what can be kept of it is that the thoughts fit in. `remaining`
+    is what is left of it for this answer, `total` is for all since the last message of the user."""
+    given = budget if isinstance(budget, Mapping) else {}
+    limits: dict[str, int | None] = {}
+    for name in ("total", "remaining"):
+        value = limits[name] = given.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            param = f"output_config.task_budget.{name}"
+            raise RequestError(f"{param}: must be a whole number, 0 or more, got {value!r}", param=param)
+    if thinking.task_tokens is None and limits["remaining"] is None:
+        return replace(thinking, task_tokens=limits["total"])
+    counts = [count for count in (thinking.max_tokens, limits["remaining"]) if count is not None]
+    return replace(thinking, max_tokens=min(counts, default=None))
+
+
+def _refuse_edits(management: Mapping[str, Any] | None) -> None:
+    edits = (management or {}).get("edits") or []
+    for index, edit in enumerate(edits if isinstance(edits, list) else [edits]):
+        kind = edit.get("type") if isinstance(edit, Mapping) else edit
+        if not str(kind).startswith(HARMLESS_EDITS):
+            param = f"context_management.edits.{index}"
+            raise RequestError(
+                f"{param}: {kind!r} is not supported; the client must shorten the conversation",
+                param="context_management",
+                code="unsupported_parameter",
+            )
 
 
 def _apply_tool_choice(
@@ -159,29 +209,3 @@ def _apply_tool_choice(
         f"tool_choice.type: {choice.get('type')!r} is not one of auto, any, tool, none",
         param="tool_choice.type",
     )
-
-
-def _sampling(body: MessagesBody, defaults: SamplingParams) -> SamplingParams:
-    stop = tuple(body.stop_sequences or ())
-    if len(stop) > MAX_STOP_SEQUENCES or not all(stop):
-        raise RequestError(
-            f"stop_sequences: at most {MAX_STOP_SEQUENCES} strings are allowed, none of them empty",
-            param="stop_sequences",
-        )
-    given: dict[str, Any] = {
-        "max_tokens": body.max_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "stop": stop,
-    }
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
-
-
-def _refuse_unsupported(body: MessagesBody) -> None:
-    for name, is_set, reason in (
-        ("container", body.container is not None, "there are no containers"),
-        ("mcp_servers", bool(body.mcp_servers), "the server connects to no other servers"),
-    ):
-        if is_set:
-            raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")

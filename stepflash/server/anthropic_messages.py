@@ -8,6 +8,7 @@ stand anywhere and changes nothing: the cache finds the common prefix by itself.
     they are pieces of one text.
   * Each tool result is a message of its own. A `<system-reminder>` behind a result belongs to that result: as a
     message of the user it would end the task, and the template would drop the thoughts so far.
+  * Documents whose source is text, and search results, are text with a title; other media cannot be read.
   * A tool with `defer_loading` is not in the head of the prompt. Its definition stands in the tool result that
     refers to it, so that finding a tool leaves the prompt before it as it was.
 """
@@ -55,15 +56,23 @@ def tools_from_anthropic(tools: Sequence[Mapping[str, Any]]) -> OfferedTools:
         if tool.get("type") not in (None, "custom"):
             raise _wrong(
                 f"tools.{index}.type",
-                f"{tool['type']!r} is not supported: only tools that the client runs are",
+                f"{tool['type']!r} is not supported: this model knows no tool without a description and an "
+                "input_schema, and the server runs none",
             )
         if tool.get("input_schema") is None:
             raise _wrong(f"tools.{index}.input_schema", "field required")
-        description = tool.get("description")
+        callers = tool.get("allowed_callers")
+        if isinstance(callers, list) and callers and "direct" not in callers:
+            raise _wrong(
+                f"tools.{index}.allowed_callers", "only 'direct' is supported: there is no code execution"
+            )
+        description, schema = tool.get("description"), tool["input_schema"]
+        if tool.get("input_examples") and isinstance(schema, Mapping):
+            schema = {**schema, "examples": tool["input_examples"]}
         function = {
             "name": tool.get("name"),
             **({"description": description} if isinstance(description, str) else {}),
-            "parameters": tool["input_schema"],
+            "parameters": schema,
         }
         definitions.append({"type": "function", "function": function})
     try:
@@ -156,7 +165,7 @@ def _result_text(block: Mapping[str, Any], path: str, tools: OfferedTools) -> st
             part = _block(item, part_path)
             if part["type"] == "tool_reference":
                 found.append(str(part.get("tool_name")))
-            elif part["type"] in ("image", "document", "search_result"):
+            elif part["type"] == "image" or (part["type"] == "document" and not _is_text_document(part)):
                 # Refusing would end the whole session: the client cannot take the result back.
                 texts.append(f"[{part['type']} left out: {TEXT_ONLY}]")
             else:
@@ -245,12 +254,37 @@ def _block(item: Any, path: str) -> Mapping[str, Any]:
 
 
 def _block_text(block: Mapping[str, Any], path: str) -> str:
-    if block["type"] != "text":
-        raise _wrong(f"{path}.type", f"{block['type']!r} is not supported here: {TEXT_ONLY}")
-    if not isinstance(block.get("text"), str):
-        raise _wrong(f"{path}.text", "must be a string")
-    text: str = block["text"]
-    return text
+    """The text of a block that is text, a document of text or a search result."""
+    match block["type"]:
+        case "text":
+            if not isinstance(block.get("text"), str):
+                raise _wrong(f"{path}.text", "must be a string")
+            text: str = block["text"]
+            return text
+        case "document" if _is_text_document(block):
+            source = block["source"]
+            text = source.get("data") if source["type"] == "text" else source.get("content")
+            parts = [block.get("title"), block.get("context"), _content_text(text, f"{path}.source")]
+            return _joined([part for part in parts if isinstance(part, str)])
+        case "search_result":
+            parts = [
+                block.get("title"),
+                block.get("source"),
+                _content_text(block.get("content"), f"{path}.content"),
+            ]
+            return _joined([part for part in parts if isinstance(part, str)])
+    raise _wrong(f"{path}.type", f"{block['type']!r} is not supported here: {TEXT_ONLY}")
+
+
+def _is_text_document(block: Mapping[str, Any]) -> bool:
+    source = block.get("source")
+    return isinstance(source, Mapping) and source.get("type") in ("text", "content")
+
+
+def _content_text(content: Any, path: str) -> str:
+    if not isinstance(content, str | list):
+        raise _wrong(path, "must be a string or a list of blocks")
+    return _text(content, path)
 
 
 def _wrong(path: str, problem: str) -> RequestError:

@@ -9,15 +9,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import new_request_id
 from stepflash.assistant.stream import StreamItem
-from stepflash.chat.tool_grammar import is_restricted
 from stepflash.errors import StepflashError
-from stepflash.server.anthropic_decode import MessagesBody, decode, decode_conversation, thinks
+from stepflash.server.anthropic_decode import CountTokensBody, MessagesBody, decode
 from stepflash.server.anthropic_encode import PING, MessageEncoder, MessageHead, fold_message
 from stepflash.server.anthropic_errors import describe
-from stepflash.server.body import read_body
 from stepflash.server.service import Service
 from stepflash.server.sse import KeepAlive, frame
 
@@ -38,25 +35,7 @@ class AnthropicRoutes:
         )
 
     async def messages(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        body = decode(read_body(raw, MessagesBody), self.service.defaults)
-        self.service.check_model(body.model)
-
-        def prepare() -> Prompt:
-            return self.session.prepare(
-                self.service.canonical(body.conversation),
-                body.sampling,
-                prefill=body.prefill,
-                max_tool_calls=body.max_tool_calls,
-                extra_tools=body.deferred_tools,
-                thinking=self.service.thinking(body.thinking),
-                answer_format=body.answer_format,
-                calls=body.calls,
-            )
-
-        tools = (*body.conversation.tools, *body.deferred_tools)
-        restricted = is_restricted(tools, body.calls, body.answer_format)
-        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
+        body, prompt = await self.service.open(request, MessagesBody, decode)
         (stream,) = self.service.answers([prompt])
         max_tokens = prompt.request.sampling.max_tokens
         head = MessageHead(
@@ -74,17 +53,19 @@ class AnthropicRoutes:
 
     async def count_tokens(self, request: Request) -> Response:
         """Renders and encodes; the engine is not asked, so a full queue does not matter."""
-        raw = await self.service.read(request)
-        body = read_body(raw, MessagesBody)
+        body = await self.service.read(request, CountTokensBody)
         self.service.check_model(body.model)
-        conversation, _ = decode_conversation(body)
-        has_thought = thinks(body)
+        asked = decode(body, self.service.defaults)
 
         def count() -> int:
-            return self.session.num_prompt_tokens(self.service.canonical(conversation), thinks=has_thought)
+            return self.session.num_prompt_tokens(
+                self.service.canonical(asked.conversation),
+                prefill=asked.prefill,
+                template_variables=asked.template_variables,
+                thinking=self.service.thinking(asked.thinking),
+            )
 
-        num_tokens = await self.service.prepared(count, len(raw))
-        return JSONResponse({"input_tokens": num_tokens})
+        return JSONResponse({"input_tokens": await self.service.prepared(count)})
 
 
 async def _events(

@@ -1,31 +1,56 @@
 """Reading the body of a request without trusting it; the same for every API.
 
-pydantic checks the types of the fields that a `Body` names. Unknown fields are ignored, as the official servers
-do. Every problem becomes one `RequestError` that names the field.
+A `Body` judges every field that is known: those that it declares do something, and pydantic checks their types; those
+that it refuses would change the answer and cannot be honoured; those that it ignores are harmless. Fields that nobody
+has judged are ignored too, as the official servers do, but not silently: the reply names them. Every problem becomes
+one `RequestError` that names the field. docs/api.md holds the same judgements in one table, and a test compares the
+two with each other and with the official packages.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from stepflash.errors import RequestError
 
+_NOTHING: tuple[Any, ...] = (None, False, [])
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a field is refused. `harmless` values ask for nothing, beside null, false and an empty list."""
+
+    reason: str
+    harmless: tuple[Any, ...] = ()
+
+    def holds_of(self, value: Any) -> bool:
+        return not any(
+            value == ask and isinstance(value, bool) == isinstance(ask, bool)
+            for ask in (*_NOTHING, *self.harmless)
+        )
+
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    # Names of fields, also of fields in objects, as in `reasoning.mode`.
+    refused: ClassVar[Mapping[str, Refusal]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
 
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-def read_body(raw: bytes, body_type: type[BodyType]) -> BodyType:
-    """Parse and check a request body.
+def read_body(raw: bytes, body_type: type[BodyType]) -> tuple[BodyType, list[str]]:
+    """Parse and check a request body. Also returns the names of its fields that nobody has judged.
 
     Raises:
-        RequestError: not JSON, nested too deeply, not an object, or a field of the wrong type.
+        RequestError: not JSON, nested too deeply, not an object, a field of the wrong type, or a refused one.
     """
     try:
         data = from_json(raw, allow_inf_nan=False)
@@ -33,12 +58,22 @@ def read_body(raw: bytes, body_type: type[BodyType]) -> BodyType:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise RequestError(f"the body must be a JSON object, not {_json_type(data)}", code="invalid_json")
+    for name, refusal in body_type.refused.items():
+        if refusal.holds_of(_value_at(data, name)):
+            raise RequestError(f"{name}: {refusal.reason}", param=name, code="unsupported_parameter")
+    judged = {*body_type.model_fields, *body_type.refused, *body_type.ignored}
     try:
-        return body_type.model_validate(data)
+        return body_type.model_validate(data), [name for name in data if name not in judged]
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = _field_path(first["loc"], data, is_missing=first["type"] == "missing")
         raise RequestError(f"{param}: {first['msg'].lower()}", param=param) from None
+
+
+def _value_at(data: Any, path: str) -> Any:
+    for name in path.split("."):
+        data = data.get(name) if isinstance(data, dict) else None
+    return data
 
 
 def _field_path(loc: tuple[int | str, ...], data: Any, *, is_missing: bool) -> str:

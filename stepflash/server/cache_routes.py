@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse, Response
 
 from stepflash.assistant.reader import Prompt
 from stepflash.errors import RequestError
-from stepflash.server.body import read_body
 from stepflash.server.cache_ledger import CacheReport, explain
 from stepflash.server.errors_by_path import message_response
 from stepflash.server.prompt_routes import PromptBody, conversation_of
@@ -42,9 +41,8 @@ class CacheRoutes:
 
     async def of_prompt(self, request: Request) -> Response:
         """What would come from the cache if this were sent now. Nothing is computed."""
-        raw = await self.service.read(request)
-        body = read_body(raw, PromptBody)
-        prompt = await self.service.prepared(lambda: self._prompt(body), len(raw))
+        body = await self.service.read(request, PromptBody)
+        prompt = await self.service.prepared(lambda: self._prompt(body))
         record = current_record()
         report = self.service.cache_ledger.compare(
             record.request_id, record.client, prompt.request.prompt_token_ids, self.session.lookup(prompt)

@@ -13,8 +13,9 @@ from stepflash.chat.messages import ContentDelta, Finish
 from stepflash.engine.request import SamplingParams, TokenLogprob
 from stepflash.errors import RequestError
 from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, finite, usage_json
-from stepflash.server.openai_schema import CompletionBody, num_choices, sampling_params
-from stepflash.server.structured_output import answer_format, structured_outputs
+from stepflash.server.openai_schema import CompletionBody, num_choices, stream_options
+from stepflash.server.sampling_fields import sampling_params, stop_strings
+from stepflash.server.structured_output import read_format
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
@@ -24,12 +25,12 @@ MAX_PROMPTS = 64
 class CompletionRequest:
     """A decoded body. Choices are ordered by prompt, then by `num_choices`."""
 
-    model: str | None
     prompts: tuple[str | tuple[int, ...], ...]
     sampling: SamplingParams
     num_choices: int = 1
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     echo: bool = False
     answer_format: AnswerFormat | None = None
 
@@ -40,29 +41,32 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
     Raises:
         RequestError: a value is wrong, or asks for something that is not supported.
     """
-    for name, is_set in (
-        ("best_of", body.best_of is not None and body.best_of != (body.n or 1)),
-        ("suffix", bool(body.suffix)),
-        ("echo", bool(body.echo) and body.logprobs is not None),
+    for name, is_set, reason in (
+        ("best_of", body.best_of not in (None, body.n or 1), "must be equal to n"),
+        ("echo", bool(body.echo) and body.logprobs is not None, "not supported together with logprobs"),
     ):
         if is_set:
-            reason = "not supported together with logprobs" if name == "echo" else "not supported"
             raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
     prompts = _prompts(body.prompt)
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt: between 1 and {MAX_PROMPTS} prompts are allowed", param="prompt")
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    stream_options = body.stream_options
+    options = stream_options(body)
     return CompletionRequest(
-        model=body.model,
         prompts=prompts,
-        sampling=sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs, defaults=defaults),
+        sampling=sampling_params(
+            body,
+            defaults,
+            max_tokens=("max_tokens", max_tokens),
+            logprobs=("logprobs", body.logprobs),
+            stop=stop_strings("stop", body.stop),
+        ),
         num_choices=num_choices(body),
         stream=bool(body.stream),
-        include_usage=bool(stream_options and stream_options.include_usage),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
         echo=bool(body.echo),
-        answer_format=answer_format(body.response_format, "response_format")
-        or structured_outputs(body.structured_outputs),
+        answer_format=read_format(body, body.response_format, "response_format"),
     )
 
 
@@ -92,7 +96,8 @@ async def chunks(
                 case Finish():
                     reason = item.reason
             logprobs, pending[index] = pending[index], []
-            yield response(head, [choice(index, text, reason, logprobs, token_bytes)], None)
+            running = total_usage(usages, request.num_choices) if request.continuous_usage else None
+            yield response(head, [choice(index, text, reason, logprobs, token_bytes)], running)
     if request.include_usage:
         yield response(head, [], total_usage(usages, request.num_choices))
 

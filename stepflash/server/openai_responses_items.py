@@ -32,8 +32,10 @@ _TEXT_PARTS = {
 _MEDIA_PARTS = ("input_image", "input_file", "input_audio")
 
 
-def messages_from_items(items: Sequence[Any], toolbox: Toolbox) -> tuple[Message, ...]:
-    """Read input items in order.
+def messages_from_items(
+    items: Sequence[Any], toolbox: Toolbox, *, num_earlier: int = 0
+) -> tuple[Message, ...]:
+    """Read input items in order; the first `num_earlier` are not of this request.
 
     Raises:
         RequestError: a field is missing or of a wrong type, or an item or part is of a kind that is not supported;
@@ -41,7 +43,7 @@ def messages_from_items(items: Sequence[Any], toolbox: Toolbox) -> tuple[Message
     """
     reader = _Reader(toolbox)
     for index, item in enumerate(items):
-        path = f"input[{index}]"
+        path = f"input[{index - num_earlier}]"
         if not isinstance(item, Mapping):
             raise _wrong(path, "must be an object")
         reader.read(item, path)

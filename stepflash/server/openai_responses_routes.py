@@ -12,15 +12,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import new_request_id
 from stepflash.assistant.stream import StreamItem
-from stepflash.chat.tool_grammar import is_restricted
+from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError, StepflashError
-from stepflash.server.body import read_body
 from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
 from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
 from stepflash.server.openai_responses_store import ResponseStore, StoredResponse, not_found
+from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
 from stepflash.server.sse import KeepAlive, frame
 
@@ -54,24 +53,14 @@ class ResponsesRoutes:
         app.add_api_route(f"{one}/input_items", self.input_items, methods=["GET"], response_model=None)
 
     async def create(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        checked = read_body(raw, ResponsesBody)
-        previous = self._previous(checked.previous_response_id)
-        body = decode(checked, self.service.defaults, previous.next_items if previous else ())
-        self.service.check_model(body.model)
+        previous: StoredResponse | None = None
 
-        def prepare() -> Prompt:
-            return self.session.prepare(
-                self.service.canonical(body.conversation),
-                body.sampling,
-                max_tool_calls=body.max_tool_calls,
-                thinking=self.service.thinking(body.thinking),
-                answer_format=body.answer_format,
-                calls=body.calls,
-            )
+        def decoded(body: ResponsesBody, defaults: SamplingParams) -> ResponsesRequest:
+            nonlocal previous
+            previous = self._previous(body.previous_response_id)
+            return decode(body, defaults, previous.next_items if previous else ())
 
-        restricted = is_restricted(body.toolbox.tools, body.calls, body.answer_format)
-        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
+        body, prompt = await self.service.open(request, ResponsesBody, decoded)
         (stream,) = self.service.answers([prompt])
         head = ResponseHead(
             id=f"resp_{new_request_id()}",
@@ -81,7 +70,7 @@ class ResponsesRoutes:
             echo=body.echo,
         )
         running = _Running(ResponseEncoder(head), prompt.request.request_id)
-        num_bytes = len(raw) + (previous.num_bytes if previous else 0)
+        num_bytes = current_record().num_body_bytes + (previous.num_bytes if previous else 0)
         events = self._events(head.id, running, stream, body, num_bytes)
         if body.stream:
 

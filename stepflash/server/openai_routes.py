@@ -14,10 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from stepflash.assistant.reader import Prompt
 from stepflash.assistant.session import as_choice, new_request_id
 from stepflash.assistant.stream import Answer, Fold, StreamItem, merge, total_usage
-from stepflash.chat.tool_grammar import is_restricted
 from stepflash.errors import StepflashError
 from stepflash.server import openai_chat_decode, openai_chat_encode, openai_completions
-from stepflash.server.body import read_body
 from stepflash.server.openai_chat_encode import ResponseHead
 from stepflash.server.openai_errors import describe
 from stepflash.server.openai_schema import ChatBody, CompletionBody
@@ -42,23 +40,7 @@ class OpenAIRoutes:
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
 
     async def chat_completions(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        body = openai_chat_decode.decode(read_body(raw, ChatBody), self.service.defaults)
-        self.service.check_model(body.model)
-
-        def prepare() -> Prompt:
-            return self.session.prepare(
-                self.service.canonical(body.conversation),
-                body.sampling,
-                max_tool_calls=body.max_tool_calls,
-                template_variables=body.template_variables,
-                thinking=self.service.thinking(body.thinking),
-                answer_format=body.answer_format,
-                calls=body.calls,
-            )
-
-        restricted = is_restricted(body.conversation.tools, body.calls, body.answer_format)
-        prompt = await self.service.prepared(prepare, len(raw), has_grammar=restricted)
+        body, prompt = await self.service.open(request, ChatBody, openai_chat_decode.decode)
         streams = self.service.answers([as_choice(prompt, index) for index in range(body.num_choices)])
         head = self._head("chatcmpl-")
         if body.stream:
@@ -68,9 +50,9 @@ class OpenAIRoutes:
         return JSONResponse(openai_chat_encode.response(head, answers, self.session.tokenizer.token_bytes))
 
     async def completions(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        body = openai_completions.decode(read_body(raw, CompletionBody), self.service.defaults)
-        self.service.check_model(body.model)
+        read = await self.service.read(request, CompletionBody)
+        self.service.check_model(read.model)
+        body = openai_completions.decode(read, self.service.defaults)
 
         def prepare() -> list[Prompt]:
             return [
@@ -79,7 +61,7 @@ class OpenAIRoutes:
             ]
 
         has_grammar = body.answer_format is not None
-        prompts = await self.service.prepared(prepare, len(raw), has_grammar=has_grammar)
+        prompts = await self.service.prepared(prepare, has_grammar=has_grammar)
         streams = self.service.answers(
             [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)]
         )

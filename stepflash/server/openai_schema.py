@@ -7,17 +7,30 @@ pydantic checks names and types here; ranges are checked by `SamplingParams`, me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.body import Body
-from stepflash.server.thinking_fields import ThinkingBody
+from stepflash.server.answer_request import AnswerBody
+from stepflash.server.body import Body, Refusal
+from stepflash.server.sampling_fields import MAX_CHOICES, SamplingBody
+from stepflash.server.structured_output import FormatBody
 
-MAX_CHOICES = 16
-MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1 - MAX_CHOICES
-MAX_STOP_STRINGS = 16
+_IN_MESSAGES = Refusal("send it as a message with role system")
+_NEEDS_ANSWER = Refusal("use /v1/messages, which continues a last message of the assistant")
+# A cache is filled by any request that has the same beginning.
+NO_PREWARM = Refusal("nothing runs without an answer; send the request with a limit of one token")
+# Nothing of ours depends on them: there is one model, its cache finds common prefixes by itself, nobody is billed.
+OPENAI_IGNORED = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "user",
+    }
+)
 
 
 class StreamOptionsBody(Body):
@@ -25,31 +38,42 @@ class StreamOptionsBody(Body):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(Body):
-    """Fields that chat and text completions share; those after `stop` are extensions of other servers."""
+class CompletionsBody(SamplingBody):
+    """Fields that chat and text completions share."""
 
-    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptionsBody | None = None
     n: int | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    draft_depth: int | None = None
 
 
-class ChatBody(SamplingBody, ThinkingBody):
+class ChatBody(CompletionsBody, AnswerBody):
     """Body of `POST /v1/chat/completions`."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        **SamplingBody.refused,
+        "audio": Refusal("this model writes text only"),
+        "modalities": Refusal("this model writes text only", harmless=(["text"],)),
+        "web_search_options": Refusal("there is no built-in web search"),
+        "moderation": Refusal("there is no model for moderation here"),
+        "functions": Refusal("use tools instead"),
+        "function_call": Refusal("use tool_choice instead", harmless=("none", "auto")),
+        "prompt_cache_options.prewarm": NO_PREWARM,
+        "system": _IN_MESSAGES,
+        "instructions": _IN_MESSAGES,
+        "prompt": Refusal("use messages, or /v1/completions"),
+        "max_output_tokens": Refusal("use max_completion_tokens"),
+        "stop_sequences": Refusal("use stop"),
+        "echo": _NEEDS_ANSWER,
+        "continue_final_message": _NEEDS_ANSWER,
+        "add_generation_prompt": Refusal("an answer always begins", harmless=(True,)),
+        "chat_template": Refusal("the template is the model's own"),
+        "documents": Refusal("send documents as text in a message"),
+        "include_reasoning": Refusal("leave reasoning_content out yourself", harmless=(True,)),
+        "separate_reasoning": Refusal("the thought is never part of content", harmless=(True,)),
+    }
+    ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | OPENAI_IGNORED | {"store", "prediction"}
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -59,81 +83,42 @@ class ChatBody(SamplingBody, ThinkingBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    web_search_options: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
+    verbosity: str | None = None
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(CompletionsBody, FormatBody):
     """Body of `POST /v1/completions`."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        **SamplingBody.refused,
+        "suffix": Refusal("this model does not fill gaps", harmless=("",)),
+        "messages": Refusal("use /v1/chat/completions"),
+        "tools": Refusal("use /v1/chat/completions"),
+        "max_completion_tokens": Refusal("use max_tokens"),
+        "add_special_tokens": Refusal("text always gets the bos token in front", harmless=(True,)),
+    }
+    ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | {"user"}
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     best_of: int | None = None
-    suffix: str | None = None
+    response_format: dict[str, Any] | None = None
 
 
-def sampling_params(
-    body: SamplingBody, *, max_tokens: int | None, logprobs: int | None, defaults: SamplingParams
-) -> SamplingParams:
-    """The sampling parameters of a body over those of the server.
-
-    Raises:
-        RequestError: a value is out of range.
-    """
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if len(stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings are allowed", param="stop")
-    given: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "logprobs": logprobs,
-        "stop": stop,
-        "stop_token_ids": tuple(body.stop_token_ids or ()),
-        "logit_bias": _logit_bias(body.logit_bias or {}),
-        **{
-            name: getattr(body, name)
-            for name in (
-                "temperature",
-                "top_p",
-                "top_k",
-                "min_p",
-                "presence_penalty",
-                "frequency_penalty",
-                "repetition_penalty",
-                "seed",
-                "ignore_eos",
-                "draft_depth",
-            )
-        },
-    }
-    if given["top_k"] == -1:  # how vLLM's clients say "off"
-        given["top_k"] = 0
-    if body.seed is not None and not MIN_SEED <= body.seed <= MAX_SEED:
-        raise RequestError(f"seed must fit in 63 bits and a sign, got {body.seed}", param="seed")
-    return replace(defaults, **{name: value for name, value in given.items() if value is not None})
-
-
-def num_choices(body: SamplingBody) -> int:
+def num_choices(body: CompletionsBody) -> int:
     n = 1 if body.n is None else body.n
     if not 1 <= n <= MAX_CHOICES:
         raise RequestError(f"n must be between 1 and {MAX_CHOICES}, got {n}", param="n")
     return n
 
 
-def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
-    result = {}
-    for token, value in bias.items():
-        if not token.isascii() or not token.isdigit():
-            raise RequestError(f"logit_bias: {token!r} is not a token id", param="logit_bias")
-        if not -100.0 <= value <= 100.0:
-            raise RequestError(f"logit_bias: {value} is not between -100 and 100", param="logit_bias")
-        result[int(token)] = value
-    return result
+def stream_options(body: CompletionsBody) -> StreamOptionsBody:
+    """
+    Raises:
+        RequestError: there are some, and no stream.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+    return body.stream_options or StreamOptionsBody()

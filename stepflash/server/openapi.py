@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from stepflash.server.anthropic_decode import MessagesBody
+from stepflash.server.anthropic_decode import CountTokensBody, MessagesBody
 from stepflash.server.body import Body
 from stepflash.server.openai_responses_decode import ResponsesBody
 from stepflash.server.openai_schema import ChatBody, CompletionBody
@@ -22,7 +22,7 @@ BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesBody,
     "/v1/messages": MessagesBody,
-    "/v1/messages/count_tokens": MessagesBody,
+    "/v1/messages/count_tokens": CountTokensBody,
     "/tokenize": PromptBody,
     "/apply-template": PromptBody,
     "/detokenize": TokensBody,

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from stepflash.chat.messages import Conversation
 from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
 from stepflash.errors import RequestError
-from stepflash.server.body import Body, read_body
+from stepflash.server.body import Body
 from stepflash.server.service import Service
 
 
@@ -43,14 +43,13 @@ class PromptRoutes:
         app.add_api_route("/apply-template", self.apply_template, methods=["POST"], response_model=None)
 
     async def tokenize(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        body = read_body(raw, PromptBody)
+        body = await self.service.read(request, PromptBody)
         tokenizer = self.session.tokenizer
 
         def encode() -> list[int]:
             return tokenizer.encode(self._text(body) if body.content is None else body.content)
 
-        token_ids = await self.service.prepared(encode, len(raw))
+        token_ids = await self.service.prepared(encode)
         tokens: list[Any] = list(token_ids)
         if body.with_pieces:
             tokens = [{"id": token_id, "piece": tokenizer.decode([token_id])} for token_id in token_ids]
@@ -63,7 +62,7 @@ class PromptRoutes:
         )
 
     async def detokenize(self, request: Request) -> Response:
-        body = read_body(await self.service.read(request), TokensBody)
+        body = await self.service.read(request, TokensBody)
         size = self.session.tokenizer.vocab_size
         wrong = next((token_id for token_id in body.tokens if not 0 <= token_id < size), None)
         if wrong is not None:
@@ -73,9 +72,8 @@ class PromptRoutes:
         return JSONResponse({"content": self.session.tokenizer.decode(body.tokens)})
 
     async def apply_template(self, request: Request) -> Response:
-        raw = await self.service.read(request)
-        body = read_body(raw, PromptBody)
-        return JSONResponse({"prompt": await self.service.prepared(lambda: self._text(body), len(raw))})
+        body = await self.service.read(request, PromptBody)
+        return JSONResponse({"prompt": await self.service.prepared(lambda: self._text(body))})
 
     def _text(self, body: PromptBody) -> str:
         """The prompt of a conversation, as the chat route renders it."""

@@ -23,6 +23,7 @@ from stepflash.assistant.stream import Usage, total_usage
 from stepflash.server.cache_ledger import CacheReport, cache_headers
 from stepflash.server.errors_by_path import message_response
 
+MAX_FIELDS_SHOWN = 20
 CLIENT_GONE = 499  # what is counted when the client leaves
 # An id of the client's is kept if it can stand in a header and in a log line.
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -45,7 +46,7 @@ class AnswerRecord:
 class RequestRecord:
     """`client` is the name of the key, or the address where there are no keys. `started_at` is on the monotonic
     clock, `started_ns` in nanoseconds since the epoch. `outcome` replaces the status that the client saw, for
-    what happened after the head was sent."""
+    what happened after the head was sent. `unknown_fields` of the body meant nothing."""
 
     request_id: str
     method: str
@@ -58,6 +59,8 @@ class RequestRecord:
     status: int = 0
     outcome: int | None = None
     seconds: float = 0.0
+    num_body_bytes: int = 0
+    unknown_fields: list[str] = field(default_factory=list)
     num_open_answers: int = 0
     answers: list[AnswerRecord] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
@@ -99,6 +102,8 @@ class RequestRecords:
                 headers = MutableHeaders(scope=message)
                 headers["request-id"] = headers["x-request-id"] = record.request_id
                 headers.update(cache_headers(record.cache_reports))
+                if record.unknown_fields:
+                    headers["x-stepflash-ignored-fields"] = _field_names(record.unknown_fields)
             await send(message)
 
         try:
@@ -115,6 +120,12 @@ class RequestRecords:
             record.route = getattr(scope.get("route"), "path", "other")
             for told in self._closed:
                 told(record)
+
+
+def _field_names(names: Sequence[str]) -> str:
+    """As many as a header should hold, in letters that it can."""
+    shown = [re.sub(r"[^\x21-\x7e]|,", "?", name)[:40] for name in names[:MAX_FIELDS_SHOWN]]
+    return ", ".join(shown + ["..."] * (len(names) > MAX_FIELDS_SHOWN))
 
 
 def _open(scope: Scope) -> RequestRecord:

@@ -1,7 +1,8 @@
 """What the routes of all APIs share: the session with its limits, and running answers under it.
 
-A route reads the body with `read`, prepares prompts with `prepared`, and gets from `answers` one stream of items
-each. What it encodes goes out through `event_stream`, or is collected under `unless_gone`.
+A route that answers a conversation begins with `open`: body, model, values, prompt. Others read the body with
+`read` and prepare prompts with `prepared`. From `answers` comes one stream of items for each prompt; what the route
+encodes goes out through `event_stream`, or is collected under `unless_gone`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from stepflash.chat.canonical import canonical
 from stepflash.chat.messages import Conversation, Finish
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import EngineError, RequestError, StepflashError
+from stepflash.server.answer_request import AnswerBody, AnswerRequest
+from stepflash.server.body import BodyType, read_body
 from stepflash.server.cache_ledger import CacheLedger, CacheReport
 from stepflash.server.health import HealthCheck
 from stepflash.server.limits import OpenAnswers
@@ -36,6 +39,8 @@ from stepflash.settings import ServerSettings
 LARGE_BODY_BYTES = 32_768  # from here on, templates and tokenising leave the event loop
 
 T = TypeVar("T")
+AnswerBodyType = TypeVar("AnswerBodyType", bound=AnswerBody)
+AskedType = TypeVar("AskedType", bound=AnswerRequest)
 
 
 class Service:
@@ -54,10 +59,42 @@ class Service:
         self.open_answers = OpenAnswers(settings.max_open_answers)
         self.created = int(time.time())
 
-    async def read(self, request: Request) -> bytes:
-        """The body.
+    async def open(
+        self,
+        request: Request,
+        body_type: type[AnswerBodyType],
+        decode: Callable[[AnswerBodyType, SamplingParams], AskedType],
+    ) -> tuple[AskedType, Prompt]:
+        """The beginning of every answer to a conversation: read and check the body, decode it, prepare the prompt.
 
         Raises:
+            RequestError: something is wrong with the body, or the prompt does not fit.
+            And what `read` raises.
+        """
+        body = await self.read(request, body_type)
+        self.check_model(body.model)
+        asked = decode(body, self.defaults)
+
+        def prepare() -> Prompt:
+            return self.session.prepare(
+                self.canonical(asked.conversation),
+                asked.sampling,
+                prefill=asked.prefill,
+                max_tool_calls=asked.max_tool_calls,
+                template_variables=asked.template_variables,
+                extra_tools=asked.deferred_tools,
+                thinking=self.thinking(asked.thinking),
+                answer_format=asked.answer_format,
+                calls=asked.calls,
+            )
+
+        return asked, await self.prepared(prepare, has_grammar=asked.has_grammar)
+
+    async def read(self, request: Request, body_type: type[BodyType]) -> BodyType:
+        """The checked body.
+
+        Raises:
+            RequestError: it is none of this type.
             HTTPException: 413, it is longer than the settings allow; 408, it does not come.
             ClientGone: the client left in the middle of it.
         """
@@ -74,7 +111,10 @@ class Service:
             raise HTTPException(408, f"the body did not come within {seconds:g} seconds") from None
         except ClientDisconnect:
             raise ClientGone from None
-        return bytes(raw)
+        record = current_record()
+        record.num_body_bytes = len(raw)
+        body, record.unknown_fields = read_body(bytes(raw), body_type)
+        return body
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
@@ -98,9 +138,9 @@ class Service:
             )
         )
 
-    async def prepared(self, prepare: Callable[[], T], num_bytes: int, *, has_grammar: bool = False) -> T:
-        """Render and encode: short prompts here, long ones and grammars in a thread, so that others go on."""
-        is_quick = num_bytes < LARGE_BODY_BYTES and not has_grammar
+    async def prepared(self, prepare: Callable[[], T], *, has_grammar: bool = False) -> T:
+        """Render and encode: for short bodies here, for long ones and grammars in a thread, so that others go on."""
+        is_quick = current_record().num_body_bytes < LARGE_BODY_BYTES and not has_grammar
         return prepare() if is_quick else await asyncio.to_thread(prepare)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[AsyncGenerator[StreamItem]]:

@@ -13,6 +13,40 @@ from typing import Any
 
 from stepflash.chat.answer_format import JSON_OBJECT, AnswerFormat
 from stepflash.errors import RequestError
+from stepflash.server.body import Body
+
+
+class FormatBody(Body):
+    """The extensions that every API takes: vLLM's field, and the four that it had before."""
+
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+def read_format(body: FormatBody, value: Any, param: str) -> AnswerFormat | None:
+    """The format that a body asks for: in its API's own field, which is given, or in an extension.
+
+    Raises:
+        RequestError: it is of no known type, a field is missing, or there are two formats; names the field.
+    """
+    guided = {kind: getattr(body, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
+    found = [
+        answer_format(value, param),
+        structured_outputs(body.structured_outputs),
+        *(
+            structured_outputs({kind: part}, f"guided_{kind}", path=f"guided_{kind}")
+            for kind, part in guided.items()
+        ),
+    ]
+    formats = [form for form in found if form is not None]
+    if len(formats) > 1:
+        raise RequestError(
+            f"{formats[1].param}: there is a format in {formats[0].param} already", param=formats[1].param
+        )
+    return next(iter(formats), None)
 
 
 def answer_format(value: Any, param: str) -> AnswerFormat | None:
@@ -59,9 +93,10 @@ def grammar_format(value: Mapping[str, Any], param: str) -> AnswerFormat:
 
 
 def structured_outputs(
-    value: Mapping[str, Any] | None, param: str = "structured_outputs"
+    value: Mapping[str, Any] | None, param: str = "structured_outputs", path: str = ""
 ) -> AnswerFormat | None:
-    """vLLM's field of this name: one of json, json_object, regex, choice, grammar.
+    """vLLM's field of this name: one of json, json_object, regex, choice, grammar. `path` is where the format itself
+    stands, if not below `param`.
 
     Raises:
         RequestError: it holds none of them, or several.
@@ -72,7 +107,7 @@ def structured_outputs(
     kinds = [key for key in ("json", "json_object", "regex", "choice", "grammar") if key in given]
     if len(kinds) != 1:
         raise RequestError(f"{param}: give one of json, json_object, regex, choice, grammar", param=param)
-    path = f"{param}.{kinds[0]}"
+    path = path or f"{param}.{kinds[0]}"
     wanted = given[kinds[0]]
     match kinds[0]:
         case "json":

@@ -447,7 +447,7 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"system": [{"type": "image"}]}, 400, "system.0.type"),
     ({"temperature": -1}, 400, "temperature"),
     ({"top_p": 2}, 400, "top_p"),
-    ({"top_k": -1}, 400, "top_k"),
+    ({"top_k": -2}, 400, "top_k"),
     ({"stop_sequences": [""]}, 400, "stop_sequences"),
     ({"stop_sequences": "x"}, 400, "stop_sequences"),
     ({"thinking": {"type": "deep"}}, 400, "thinking.type"),

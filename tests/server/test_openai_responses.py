@@ -400,7 +400,7 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ),
     ({"input": [{"type": "function_call", "call_id": "c", "arguments": "{}"}]}, 400, "input[0].name"),
     ({"input": [{"type": "function_call_output", "output": "x"}]}, 400, "input[0].call_id"),
-    ({"max_output_tokens": -1}, 400, "max_tokens"),
+    ({"max_output_tokens": -1}, 400, "max_output_tokens"),
     ({"temperature": -1}, 400, "temperature"),
     ({"top_p": 2}, 400, "top_p"),
     ({"tools": {}}, 400, "tools"),
@@ -415,7 +415,7 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"background": True}, 400, "background"),
     ({"conversation": "c"}, 400, "conversation"),
     ({"prompt": {"id": "p"}}, 400, "prompt"),
-    ({"top_logprobs": 2}, 400, "top_logprobs"),
+    ({"top_logprobs": 21}, 400, "top_logprobs"),
     ({"previous_response_id": "resp_x"}, 400, "previous_response_id"),
 ]
 
@@ -432,7 +432,7 @@ def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) ->
     [
         {"include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "client_metadata": {"a": 1}},
         {"truncation": "auto", "max_tool_calls": 3, "user": "u", "unknown": [1], "stream_options": {}},
-        {"text": {"verbosity": "low"}, "top_logprobs": 0, "tools": [{"type": "web_search"}, {"type": "mcp"}]},
+        {"text": {"verbosity": "medium"}, "top_logprobs": 0, "tools": [{"type": "web_search"}, {"type": "mcp"}]},
         {"instructions": None, "tools": None, "store": None, "background": False},
     ],
 )
