@@ -7,11 +7,12 @@ a thought that happens to hold one must not end the request with an empty answer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stepflash.assistant.budget import limit_of
-from stepflash.assistant.stream import Progress, StreamItem, Usage
+from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
 from stepflash.assistant.task_ledger import Task
 from stepflash.chat.messages import (
     ContentDelta,
@@ -25,7 +26,7 @@ from stepflash.chat.messages import (
 )
 from stepflash.chat.parser import OutputParser
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine.request import Output, Request, RequestStats
+from stepflash.engine.request import Output, Request, RequestStats, TokenLogprob
 from stepflash.errors import EngineError
 
 THINK_END = "</think>"
@@ -55,6 +56,7 @@ class StopStrings:
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
+        self.num_unshown = 0  # characters of the last text behind what was shown
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is safe to show, and the stop string that was found, if one was (then nothing follows)."""
@@ -64,9 +66,11 @@ class StopStrings:
         if found:
             self._held = ""
             end, begin = min(found)
+            self.num_unshown = len(text) - begin
             return text[:begin], text[begin:end]
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
+        self.num_unshown = num_held
         return text[: len(text) - num_held], None
 
     def flush(self) -> str:
@@ -78,11 +82,50 @@ class StopStrings:
 class PlainText:
     """Stands in for the parser where the answer is text and nothing else."""
 
+    def __init__(self) -> None:
+        self._num_chars = 0
+
     def push(self, text: str) -> list[Event]:
-        return [ContentDelta(text)] if text else []
+        self._num_chars += len(text)
+        return [ContentDelta(text, self._num_chars)] if text else []
 
     def finish(self, reason: FinishReason) -> list[Event]:
         return [Finish(reason)]
+
+
+class TokenPlaces:
+    """Finds the tokens of pieces of text. A token whose bytes are only a part of a character counts with the one that
+    completes it."""
+
+    def __init__(self, num_given_chars: int) -> None:
+        self._num_chars = self._num_taken = num_given_chars
+        self._waiting: deque[tuple[int, TokenLogprob]] = (
+            deque()
+        )  # with the number of characters up to their end
+
+    def add(self, token: TokenLogprob, text: str) -> None:
+        self._num_chars += len(text)
+        self._waiting.append((self._num_chars, token))
+
+    def take(self, content: ContentDelta) -> TextLogprobs:
+        """The tokens up to the end of `content`: those in front of it, and those that have a part in it."""
+        begin = content.end - len(content.text)
+        parts: list[TokenLogprob] = []  # of a character that is not complete
+        other: list[TokenLogprob] = []
+        inside: list[TokenLogprob] = []
+        while self._waiting and self._num_taken < content.end:
+            end, token = self._waiting.popleft()
+            parts.append(token)
+            if end > self._num_taken:
+                (inside if end > begin else other).extend(parts)
+                parts, self._num_taken = [], end
+        return TextLogprobs(tuple(other), (*inside, *parts))
+
+    def take_all(self) -> TextLogprobs:
+        """What is left when no more content can follow."""
+        other = tuple(token for _, token in self._waiting)
+        self._waiting.clear()
+        return TextLogprobs(other)
 
 
 class AnswerReader:
@@ -101,6 +144,8 @@ class AnswerReader:
             # Who offers no tools gets no calls: text that looks like one is then an example in the answer.
             self._parser = OutputParser(prompt.tools or None, in_reasoning=prompt.in_reasoning)
         self._stop = StopStrings(sampling.stop)
+        self._places = None if sampling.logprobs is None else TokenPlaces(len(prompt.prefill))
+        self._content_end = 0
         self._pending_prefill = prompt.prefill
         self._is_reasoning = prompt.in_reasoning and THINK_END not in prompt.prefill
         self._has_tool_calls = False
@@ -123,7 +168,7 @@ class AnswerReader:
         self._count(token_ids, output.stats)
         yield Progress(text_ids, output.logprobs[: len(text_ids)], self._usage)
 
-        text = self._pending_prefill + self._detokenizer.push(text_ids)
+        text = self._pending_prefill + self._text(text_ids, output.logprobs)
         self._pending_prefill = ""
         if output.finish_reason is not None:
             text += self._detokenizer.flush()
@@ -131,22 +176,43 @@ class AnswerReader:
         if output.finish_reason is not None:
             events = [*events, *self._parser.finish(output.finish_reason)]
         for event in events:
-            yield from self._filter(event)
+            for shown in self._filter(event):
+                yield from self._text_logprobs(shown)
+                yield shown
             if self.is_finished:
                 return
+
+    def _text(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:
+        if self._places is None:
+            return self._detokenizer.push(token_ids)
+        texts = []
+        for token_id, token in zip(token_ids, logprobs, strict=False):
+            texts.append(self._detokenizer.push((token_id,)))
+            self._places.add(token, texts[-1])
+        return "".join([*texts, self._detokenizer.push(token_ids[len(texts) :])])
+
+    def _text_logprobs(self, event: Event) -> Iterator[TextLogprobs]:
+        found = TextLogprobs()
+        if self._places is not None and isinstance(event, ContentDelta):
+            found = self._places.take(event)
+        elif self._places is not None and isinstance(event, Finish):
+            found = self._places.take_all()
+        if found.other or found.content:
+            yield found
 
     def _filter(self, event: Event) -> Iterator[Event]:
         """One event of the parser, with stop strings and the tool-call limit applied."""
         if isinstance(event, ContentDelta):
             self._is_reasoning = False
             text, found = self._stop.push(event.text)
+            self._content_end = event.end
             if text:
-                yield ContentDelta(text)
+                yield ContentDelta(text, event.end - self._stop.num_unshown)
             if found:
                 yield self._finish("stop", found)
             return
         if not isinstance(event, ReasoningDelta) and (held := self._stop.flush()):
-            yield ContentDelta(held)
+            yield ContentDelta(held, self._content_end)
         if isinstance(event, ToolCallStart):
             self._is_reasoning = False
             self._has_tool_calls = True

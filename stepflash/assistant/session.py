@@ -13,7 +13,7 @@ import copy
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from stepflash.assistant.budget import NO_THOUGHT, Thinking, ThoughtLimit, thought_limit
 from stepflash.assistant.reader import AnswerReader, Prompt
@@ -50,6 +50,14 @@ class LooksUp(Protocol):
     """An engine that can say what its cache holds of a prompt; a remote one cannot."""
 
     def lookup(self, request: Request) -> CacheLookup | None: ...
+
+
+class PromptText(NamedTuple):
+    """A rendered prompt; `cut_points` as the template found them. `thinks`: the answer begins with a thought."""
+
+    text: str
+    cut_points: Sequence[int]
+    thinks: bool
 
 
 class Session:
@@ -97,7 +105,7 @@ class Session:
         if calls.demanded and not self._takes_constraints:
             # All that can be done is to begin the call and to leave the rest to the model.
             thinking, prefill, calls = NO_THOUGHT, calls.opening(), replace(calls, demanded=())
-        text, cut_points, thinks = self._render(conversation, template_variables, thinking, prefill)
+        text, cut_points, thinks = self.render(conversation, template_variables, thinking, prefill)
         grammar = self._grammar(tools, calls, answer_format, thinks)
         token_ids, cut_points = self.tokenizer.encode_with_cuts(text, cut_points)
         request = self._request(token_ids, sampling, cut_points)
@@ -170,23 +178,27 @@ class Session:
         Raises:
             RequestError: the template refuses the conversation.
         """
-        text, _, _ = self._render(conversation, template_variables, thinking or Thinking(), prefill)
-        return len(self.tokenizer.encode(text))
+        prompt = self.render(conversation, template_variables, thinking, prefill)
+        return len(self.tokenizer.encode(prompt.text))
 
-    def _render(
+    def render(
         self,
         conversation: Conversation,
-        template_variables: Mapping[str, Any] | None,
-        thinking: Thinking,
-        prefill: str,
-    ) -> tuple[str, Sequence[int], bool]:
-        """The prompt with the beginning of its answer, its cut points, and whether the model thinks first."""
+        template_variables: Mapping[str, Any] | None = None,
+        thinking: Thinking | None = None,
+        prefill: str = "",
+    ) -> PromptText:
+        """The prompt as text, with the beginning of its answer.
+
+        Raises:
+            RequestError: the template refuses the conversation.
+        """
         rendered = self.template.render(
             conversation.messages, tools=conversation.tools, variables=template_variables
         )
-        thinks = rendered.opens_thought and thinking.is_wanted and not prefill
+        thinks = rendered.opens_thought and (thinking or Thinking()).is_wanted and not prefill
         closing = EMPTY_THOUGHT if rendered.opens_thought and not thinks else ""
-        return rendered.text + closing + prefill, rendered.cut_points, thinks
+        return PromptText(rendered.text + closing + prefill, rendered.cut_points, thinks)
 
     def prepare_text(
         self,

@@ -1,8 +1,8 @@
 """What a stream carries, and what it amounts to.
 
 A stream is a sequence of `Progress` (one per engine step: its token ids, log-probabilities and the running
-usage) and `Event`; the last item is the one `Finish`. `fold` turns it into an `Answer`; a reply that is not
-streamed is that fold and nothing else, so it cannot differ from the streamed one.
+usage), `TextLogprobs` and `Event`; the last item is the one `Finish`. `fold` turns it into an `Answer`; a reply that
+is not streamed is that fold and nothing else, so it cannot differ from the streamed one.
 """
 
 from __future__ import annotations
@@ -89,7 +89,17 @@ class Progress:
     usage: Usage
 
 
-StreamItem = Progress | Event
+@dataclass(frozen=True, slots=True)
+class TextLogprobs:
+    """Log-probabilities whose place in the answer is known now, where some were asked for: `content` are those of the
+    text that follows as `ContentDelta`, `other` those of what came since the last such item and is no content: the
+    thought, tags, calls. Together they are the answer's tokens, each once and in order."""
+
+    other: tuple[TokenLogprob, ...] = ()
+    content: tuple[TokenLogprob, ...] = ()
+
+
+StreamItem = Progress | TextLogprobs | Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +122,7 @@ class Answer:
     tool_calls: tuple[AnswerToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    text_logprobs: TextLogprobs = TextLogprobs()
 
     def to_message(self) -> Message:
         """The assistant message that continues the conversation."""
@@ -134,6 +145,7 @@ class Fold:
     num_complete_calls: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    text_logprobs: TextLogprobs = TextLogprobs()
     usage: Usage = field(default_factory=Usage)
     finish_reason: FinishReason = "abort"
 
@@ -143,6 +155,9 @@ class Fold:
                 self.token_ids.extend(token_ids)
                 self.logprobs.extend(logprobs)
                 self.usage = usage
+            case TextLogprobs(other, content):
+                before = self.text_logprobs
+                self.text_logprobs = TextLogprobs(before.other + other, before.content + content)
             case ReasoningDelta(text):
                 self.reasoning.append(text)
             case ContentDelta(text):
@@ -166,6 +181,7 @@ class Fold:
             tool_calls=tuple(self.calls[: self.num_complete_calls]),
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
+            text_logprobs=self.text_logprobs,
         )
 
 

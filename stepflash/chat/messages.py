@@ -79,9 +79,11 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
-    """More text of the answer."""
+    """More text of the answer. `end` is where it ends in what the model wrote, in characters: what a log-probability
+    belongs to is found by that."""
 
     text: str
+    end: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,8 @@ def join_events(events: Iterable[Event]) -> list[Event]:
         match (last, event):
             case (ReasoningDelta(before), ReasoningDelta(text)):
                 joined[-1] = ReasoningDelta(before + text)
-            case (ContentDelta(before), ContentDelta(text)):
-                joined[-1] = ContentDelta(before + text)
+            case (ContentDelta(before), ContentDelta(text, end)):
+                joined[-1] = ContentDelta(before + text, end)
             case (ToolCallArguments(index, before), ToolCallArguments(other, text)) if index == other:
                 joined[-1] = ToolCallArguments(index, before + text)
             case _:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 
 from stepflash.chat.messages import (
@@ -75,6 +76,8 @@ class OutputParser:
         # Holds the text that is not decided yet, and recognises calls inside a thought.
         self._reader = TagReader(self._declared or {}, any_function=not tools)
         self._position = 0
+        self._num_chars = 0  # of input
+        self._content_start = 0  # characters of input in front of the content's own
         self._events: list[Event] = []
         self._skips_newline = False
         self._newline = ""  # a trailing newline of the thought: the closing tag's, if nothing else follows
@@ -91,6 +94,7 @@ class OutputParser:
     def push(self, text: str) -> list[Event]:
         """The events that `text` completes; text that could still become part of a tag is held back."""
         self._reader.text += text
+        self._num_chars += len(text)
         return self._run()
 
     def finish(self, reason: FinishReason) -> list[Event]:
@@ -101,7 +105,7 @@ class OutputParser:
         if self._phase is _Phase.CALLS:
             events += self._finish_calls(is_whole=reason == "stop")
         elif self._phase is _Phase.CONTENT:
-            events += self._content.finish()
+            events += self._placed(self._content.finish())
         has_calls = self._content.num_calls + self._num_calls_in_thought > 0
         events.append(Finish("tool_calls" if has_calls and reason == "stop" else reason))
         return join_events(events)
@@ -137,7 +141,7 @@ class OutputParser:
         if tag is not None and tag[0] == THINK_START and tag.start() <= LOOKAHEAD_CHARS:
             before = text[: tag.start()]
             if before.strip():
-                self._events.append(ContentDelta(before))
+                self._events.append(ContentDelta(before, self._num_read + tag.start()))
             self._position = tag.end()
             self._skips_newline = True
         self._phase = _Phase.REASONING
@@ -204,11 +208,24 @@ class OutputParser:
 
     def _content_step(self) -> None:
         text = self._reader.text[self._position :]
+        self._content_start = self._num_read - self._content.num_chars
         self._position = len(self._reader.text)
-        self._events += self._content.push(text)
+        self._events += self._placed(self._content.push(text))
         if self._content.has_stopped:
             self._reader.text, self._position = self._content.take_rest(), 0
             self._phase, self._skips_newline = _Phase.REASONING, True
+
+    @property
+    def _num_read(self) -> int:
+        """Characters of input up to the position."""
+        return self._num_chars - len(self._reader.text) + self._position
+
+    def _placed(self, events: Sequence[Event]) -> list[Event]:
+        """Events of the content, with places in the whole input."""
+        return [
+            replace(event, end=self._content_start + event.end) if isinstance(event, ContentDelta) else event
+            for event in events
+        ]
 
 
 def parse(

@@ -110,7 +110,7 @@ class ToolCallParser:
         self._stops_at_content = stops_at_content
         self._step = self._content_step
         self._position = 0
-        self._num_dropped_chars = 0
+        self.num_chars = 0  # of input
         self._events: list[Event] = []
         self._blank: str | None = ""  # whitespace so far, while there is nothing else since the last call
         self._orphans: frozenset[str] = frozenset()  # closing tags of a call that was closed without them
@@ -129,6 +129,7 @@ class ToolCallParser:
 
     def push(self, text: str) -> list[Event]:
         self._reader.text += text
+        self.num_chars += len(text)
         return self._run()
 
     def finish(self) -> list[Event]:
@@ -136,7 +137,7 @@ class ToolCallParser:
         self._reader.at_end = True
         events = self._run()
         if self._blank and not self.num_calls:
-            events.append(ContentDelta(self._blank))
+            events.append(ContentDelta(self._blank, self._num_read))
         return join_events(events)
 
     def take_rest(self) -> str:
@@ -155,10 +156,14 @@ class ToolCallParser:
         except NeedMore:
             pass
         reader.text = reader.text[self._position :]
-        self._num_dropped_chars += self._position
         self._position = 0
         events, self._events = self._events, []
         return join_events(events)
+
+    @property
+    def _num_read(self) -> int:
+        """Characters of input up to the position."""
+        return self.num_chars - len(self._reader.text) + self._position
 
     def _is_unfinished_at_end(self) -> bool:
         return self._reader.at_end and self._step != self._content_step
@@ -194,8 +199,8 @@ class ToolCallParser:
         elif self._finds_calls and reader.is_at(start, CALL_START) and self._is_cut_header(start):
             self._position = len(reader.text)
         else:
-            self._write_content("<")
             self._position += 1
+            self._write_content("<")
 
     def _is_cut_header(self, start: int) -> bool:
         """Whether the output ends inside the header of a call that has begun: no content, and no call."""
@@ -212,7 +217,7 @@ class ToolCallParser:
         if self._stops_at_content:
             self.has_stopped = True
             return
-        self._events.append(ContentDelta(text))
+        self._events.append(ContentDelta(text, self._num_read))
 
     def _function_step(self) -> None:
         reader = self._reader
@@ -332,4 +337,4 @@ class ToolCallParser:
         self._write_arguments("}" if call.keys else "{}")
         self._events.append(ToolCallEnd(call.index, repaired=call.repaired or not is_complete))
         self._position, self._step, self._blank = end, self._content_step, ""
-        self.last_call_end = self._num_dropped_chars + end
+        self.last_call_end = self._num_read

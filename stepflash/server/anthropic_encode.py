@@ -23,7 +23,7 @@ from stepflash.chat.messages import (
     ToolCallEnd,
     ToolCallStart,
 )
-from stepflash.server.anthropic_messages import hidden_thought
+from stepflash.server.sealed_thought import seal
 
 Event = dict[str, Any]
 PING: Mapping[str, Any] = {"type": "ping"}
@@ -122,9 +122,7 @@ class MessageEncoder:
         if self._open is None:
             return
         if self._thought:
-            yield self._delta(
-                {"type": "signature_delta", "signature": hidden_thought("".join(self._thought))}
-            )
+            yield self._delta({"type": "signature_delta", "signature": seal("".join(self._thought))})
             self._thought = []
         yield {"type": "content_block_stop", "index": self._num_blocks - 1}
         self._open = None

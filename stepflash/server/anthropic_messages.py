@@ -15,8 +15,6 @@ stand anywhere and changes nothing: the cache finds the common prefix by itself.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,9 +25,9 @@ from stepflash.chat.canonical import canonical_tools
 from stepflash.chat.messages import Message, Tool, ToolCall
 from stepflash.chat.openai_messages import tools_from_openai
 from stepflash.errors import BadSchema, RequestError
+from stepflash.server.sealed_thought import unseal
 
 REMINDER = "<system-reminder>"
-THOUGHT_MARK = "stepflash-thought:"
 TEXT_ONLY = "this model reads text only"
 
 
@@ -119,11 +117,6 @@ def messages_from_anthropic(
         else:
             raise _wrong(f"{path}.role", f"{role!r} is not one of user, assistant, system")
     return tuple(read)
-
-
-def hidden_thought(text: str) -> str:
-    """A thought as the signature of a thinking block that does not show it; `_thought` reads it back."""
-    return THOUGHT_MARK + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
 
 
 def _user_messages(content: str | list[Any], path: str, tools: OfferedTools) -> list[Message]:
@@ -216,13 +209,7 @@ def _thought(block: Mapping[str, Any]) -> str:
     shown = block.get("thinking")
     if isinstance(shown, str) and shown:
         return shown
-    signature = block.get("signature", block.get("data"))
-    if not isinstance(signature, str) or not signature.startswith(THOUGHT_MARK):
-        return ""
-    try:
-        return base64.b64decode(signature.removeprefix(THOUGHT_MARK), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        return ""
+    return unseal(block.get("signature", block.get("data")))
 
 
 def _call(block: Mapping[str, Any], path: str) -> ToolCall:

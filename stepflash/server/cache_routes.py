@@ -12,7 +12,7 @@ from stepflash.assistant.reader import Prompt
 from stepflash.errors import RequestError
 from stepflash.server.cache_ledger import CacheReport, explain
 from stepflash.server.errors_by_path import message_response
-from stepflash.server.prompt_routes import PromptBody, conversation_of
+from stepflash.server.prompt_routes import PromptBody, conversation_of, text_of
 from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
 
@@ -50,8 +50,8 @@ class CacheRoutes:
         return JSONResponse(self._explained(report))
 
     def _prompt(self, body: PromptBody) -> Prompt:
-        if body.content is not None:
-            return self.session.prepare_text(body.content, self.service.defaults)
+        if (text := text_of(body)) is not None:
+            return self.session.prepare_text(text, self.service.defaults)
         return self.session.prepare(
             conversation_of(body, self.service),
             self.service.defaults,

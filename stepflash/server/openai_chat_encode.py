@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, total_usage
+from stepflash.assistant.stream import Answer, Progress, StreamItem, TextLogprobs, Usage, total_usage
 from stepflash.chat.messages import (
     ContentDelta,
     Event,
@@ -87,13 +87,13 @@ def _chunk(
 
 
 class ChoiceEncoder:
-    """Encodes the stream of one choice; log-probabilities travel with the next chunk that is sent."""
+    """Encodes the stream of one choice; log-probabilities travel with the chunk whose text is theirs."""
 
     def __init__(self, head: ResponseHead, index: int, token_bytes: TokenBytes) -> None:
         self._head = head
         self._index = index
         self._token_bytes = token_bytes
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs = TextLogprobs()
 
     def start(self) -> dict[str, Any]:
         """The first choice object of a stream."""
@@ -101,19 +101,22 @@ class ChoiceEncoder:
 
     def encode(self, item: StreamItem) -> Iterator[dict[str, Any]]:
         """The choice objects that an item amounts to: none or one."""
-        if isinstance(item, Progress):
-            self._logprobs.extend(item.logprobs)
-        elif isinstance(item, Finish):
-            yield self._choice({}, finish_reason=finish_reason(item.reason))
-        elif (delta := _delta(self._head, item)) is not None:
-            yield self._choice(delta)
+        match item:
+            case Progress():
+                return
+            case TextLogprobs():
+                self._logprobs = item
+            case Finish(reason):
+                yield self._choice({}, finish_reason=finish_reason(reason))
+            case _ if (delta := _delta(self._head, item)) is not None:
+                yield self._choice(delta)
 
     def _choice(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        logprobs, self._logprobs = self._logprobs, []
+        logprobs, self._logprobs = self._logprobs, TextLogprobs()
         return {
             "index": self._index,
             "delta": dict(delta),
-            "logprobs": logprobs_json(logprobs, self._token_bytes) if logprobs else None,
+            "logprobs": choice_logprobs(logprobs, self._token_bytes),
             "finish_reason": finish_reason,
         }
 
@@ -139,22 +142,32 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
-    """`content` covers every generated token, the thought's included, in order."""
+def choice_logprobs(logprobs: TextLogprobs, token_bytes: TokenBytes) -> dict[str, Any] | None:
+    """`content` covers the tokens of the answer's text, as OpenAI says; `other`, an extension, those of the thought,
+    of tags and of calls. None if there are none of either."""
+    if not logprobs.content and not logprobs.other:
+        return None
+    told: dict[str, Any] = {"content": logprobs_json(logprobs.content, token_bytes), "refusal": None}
+    if logprobs.other:
+        told["other"] = logprobs_json(logprobs.other, token_bytes)
+    return told
+
+
+def logprobs_json(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> list[dict[str, Any]]:
+    """Tokens with what else could have stood there."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = token_bytes(token_id)
         text = data.decode("utf-8", "replace")
         return {"token": text, "logprob": finite(logprob), "bytes": list(data)}
 
-    content = [
+    return [
         {
             **entry(token.token_id, token.logprob),
             "top_logprobs": [entry(token_id, logprob) for token_id, logprob in token.top],
         }
         for token in logprobs
     ]
-    return {"content": content, "refusal": None}
 
 
 def finite(logprob: float) -> float:
@@ -174,7 +187,7 @@ def _choice(head: ResponseHead, index: int, answer: Answer, token_bytes: TokenBy
     return {
         "index": index,
         "message": message,
-        "logprobs": logprobs_json(answer.logprobs, token_bytes) if answer.logprobs else None,
+        "logprobs": choice_logprobs(answer.text_logprobs, token_bytes),
         "finish_reason": finish_reason(answer.finish_reason),
     }
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from stepflash.assistant.stream import Answer, Progress, StreamItem, Usage, total_usage
+from stepflash.assistant.stream import Answer, Progress, StreamItem, TextLogprobs, Usage, total_usage
 from stepflash.chat.answer_format import AnswerFormat
 from stepflash.chat.messages import ContentDelta, Finish
 from stepflash.engine.request import SamplingParams, TokenLogprob
@@ -91,6 +91,8 @@ async def chunks(
                     usages[index] = item.usage
                     pending[index].extend(item.logprobs)
                     continue
+                case TextLogprobs():
+                    continue  # of text completions every token is told, whatever became of it
                 case ContentDelta():
                     text = item.text
                 case Finish():

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepflash.assistant.stream import Progress, StreamItem, Usage
+from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
 from stepflash.chat.messages import (
     ContentDelta,
     Finish,
@@ -22,31 +22,38 @@ from stepflash.chat.messages import (
     ToolCallStart,
 )
 from stepflash.errors import PromptTooLong, QueueFull, RequestError, StepflashError
+from stepflash.server.openai_chat_encode import TokenBytes, logprobs_json
 from stepflash.server.openai_responses_tools import CUSTOM_INPUT, Toolbox
+from stepflash.server.sealed_thought import seal
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseHead:
-    """What is known of a response before it begins; `echo` holds fields of the request that it repeats."""
+    """What is known of a response before it begins; `echo` holds fields of the request that it repeats.
+    `seals_thoughts` writes a thought into `encrypted_content` too, for clients that send nothing else of it back."""
 
     id: str
     created_at: int
     model: str
     toolbox: Toolbox = field(default_factory=Toolbox)
+    seals_thoughts: bool = False
     echo: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ResponseEncoder:
     """Encodes the stream of one response."""
 
-    def __init__(self, head: ResponseHead) -> None:
+    def __init__(self, head: ResponseHead, token_bytes: TokenBytes) -> None:
         self._head = head
+        self._token_bytes = token_bytes
         self._num_events = 0
         self._output: list[Event] = []
         self._item: Event | None = None  # the last of the output, while it grows
         self._text: list[str] = []  # of that item, so far
+        self._logprobs: list[Event] = []  # of that text
+        self._next_logprobs: list[Event] = []  # of the text that comes next
         self._usage: Usage | None = None
 
     def start(self) -> Iterator[Event]:
@@ -62,6 +69,8 @@ class ResponseEncoder:
         match item:
             case Progress():
                 self._usage = item.usage
+            case TextLogprobs():
+                self._next_logprobs = logprobs_json(item.content, self._token_bytes)
             case ReasoningDelta(text):
                 if self._item is None or self._item["type"] != "reasoning":
                     yield from self._begin_text("reasoning", {"summary": []})
@@ -70,7 +79,9 @@ class ResponseEncoder:
             case ContentDelta(text):
                 if self._item is None or self._item["type"] != "message":
                     yield from self._begin_text("message", {"role": "assistant"})
-                yield self._part_event("response.output_text.delta", delta=text, logprobs=[])
+                logprobs, self._next_logprobs = self._next_logprobs, []
+                yield self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)
+                self._logprobs += logprobs
                 self._text.append(text)
             case ToolCallStart(_, call_id, name):
                 yield from self._begin_call(call_id, name)
@@ -136,7 +147,7 @@ class ResponseEncoder:
     def _begin(self, item: Event) -> Iterator[Event]:
         yield from self._end("completed")
         self._item = {**item, "status": "in_progress"}
-        self._text = []
+        self._text, self._logprobs = [], []
         self._output.append(self._item)
         yield self._item_event("response.output_item.added", item=dict(self._item))
 
@@ -159,9 +170,12 @@ class ResponseEncoder:
                 if kind == "reasoning":
                     yield self._part_event("response.reasoning_text.done", text=text)
                 else:
-                    yield self._part_event("response.output_text.done", text=text, logprobs=[])
+                    done = {"text": text, "logprobs": self._logprobs}
+                    yield self._part_event("response.output_text.done", **done)
                 yield self._part_event("response.content_part.done", part=self._part(text))
                 item["content"] = [self._part(text)]
+                if kind == "reasoning" and self._head.seals_thoughts:
+                    item["encrypted_content"] = seal(text)
         item["status"] = status
         yield self._item_event("response.output_item.done", item=dict(item))
         self._item = None
@@ -169,7 +183,7 @@ class ResponseEncoder:
     def _part(self, text: str) -> Event:
         if self._item is not None and self._item["type"] == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
 
     def _part_event(self, kind: str, **fields: Any) -> Event:
         return self._item_event(kind, content_index=0, **fields)

@@ -14,6 +14,7 @@ from typing import Any
 from stepflash.chat.messages import Message, Role, ToolCall
 from stepflash.errors import RequestError
 from stepflash.server.openai_responses_tools import CUSTOM_INPUT, Toolbox
+from stepflash.server.sealed_thought import unseal
 
 _ROLES: Mapping[str, Role] = {
     "user": "user",
@@ -88,7 +89,7 @@ class _Reader:
             self.messages.append(Message(role=role, content=text))
 
     def _reasoning(self, item: Mapping[str, Any], path: str) -> None:
-        text = _text(item.get("content") or [], f"{path}.content")
+        text = _text(item.get("content") or [], f"{path}.content") or unseal(item.get("encrypted_content"))
         if not text:  # of a model that shows no more than this
             text = _text(item.get("summary") or [], f"{path}.summary")
         self.messages.append(Message(role="assistant", reasoning=text or None))

@@ -67,9 +67,11 @@ class ResponsesRoutes:
             created_at=int(time.time()),
             model=self.service.model_name,
             toolbox=body.toolbox,
+            seals_thoughts=body.seals_thoughts,
             echo=body.echo,
         )
-        running = _Running(ResponseEncoder(head), prompt.request.request_id)
+        encoder = ResponseEncoder(head, self.session.tokenizer.token_bytes)
+        running = _Running(encoder, prompt.request.request_id)
         num_bytes = current_record().num_body_bytes + (previous.num_bytes if previous else 0)
         events = self._events(head.id, running, stream, body, num_bytes)
         if body.stream:

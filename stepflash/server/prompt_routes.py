@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from stepflash.assistant.budget import NO_THOUGHT, Thinking
 from stepflash.chat.messages import Conversation
 from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
 from stepflash.errors import RequestError
-from stepflash.server.body import Body
+from stepflash.server.body import Body, Refusal
+from stepflash.server.thinking_fields import turns_thinking_off
 from stepflash.server.service import Service
 
 
 class PromptBody(Body):
-    """A text, or a conversation to render."""
+    """A text, or a conversation to render; `prompt` is vLLM's name for `content`."""
 
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "parse_special": Refusal("texts of special tokens are always special tokens", harmless=(True,)),
+        "add_generation_prompt": Refusal("prompts end where the answer begins", harmless=(True,)),
+        "chat_template": Refusal("the template is the model's own"),
+        "return_token_strs": Refusal("use with_pieces"),
+    }
+
+    model: str | None = None
     content: str | None = None
+    prompt: str | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -27,6 +41,7 @@ class PromptBody(Body):
 class TokensBody(Body):
     """Token ids to turn into text."""
 
+    model: str | None = None
     tokens: list[int]
 
 
@@ -44,10 +59,15 @@ class PromptRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self.service.read(request, PromptBody)
-        tokenizer = self.session.tokenizer
+        self.service.check_model(body.model)
+        tokenizer, text = self.session.tokenizer, text_of(body)
 
         def encode() -> list[int]:
-            return tokenizer.encode(self._text(body) if body.content is None else body.content)
+            token_ids = tokenizer.encode(self._prompt(body) if text is None else text)
+            bos, adds_bos = tokenizer.bos_token_id, body.add_special or body.add_special_tokens
+            if text is None or not adds_bos or bos is None or token_ids[:1] == [bos]:
+                return token_ids
+            return [bos, *token_ids]
 
         token_ids = await self.service.prepared(encode)
         tokens: list[Any] = list(token_ids)
@@ -63,6 +83,7 @@ class PromptRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self.service.read(request, TokensBody)
+        self.service.check_model(body.model)
         size = self.session.tokenizer.vocab_size
         wrong = next((token_id for token_id in body.tokens if not 0 <= token_id < size), None)
         if wrong is not None:
@@ -73,15 +94,24 @@ class PromptRoutes:
 
     async def apply_template(self, request: Request) -> Response:
         body = await self.service.read(request, PromptBody)
-        return JSONResponse({"prompt": await self.service.prepared(lambda: self._text(body))})
+        self.service.check_model(body.model)
+        return JSONResponse({"prompt": await self.service.prepared(lambda: self._prompt(body))})
 
-    def _text(self, body: PromptBody) -> str:
+    def _prompt(self, body: PromptBody) -> str:
         """The prompt of a conversation, as the chat route renders it."""
-        conversation = conversation_of(body, self.service)
-        rendered = self.session.template.render(
-            conversation.messages, tools=conversation.tools, variables=body.chat_template_kwargs
-        )
-        return rendered.text
+        variables = body.chat_template_kwargs or {}
+        thinking = NO_THOUGHT if turns_thinking_off(variables) else Thinking()
+        return self.session.render(conversation_of(body, self.service), variables, thinking).text
+
+
+def text_of(body: PromptBody) -> str | None:
+    """
+    Raises:
+        RequestError: there are two.
+    """
+    if body.content is not None and body.prompt is not None:
+        raise RequestError("prompt: there is a text in content already", param="prompt")
+    return body.prompt if body.content is None else body.content
 
 
 def conversation_of(body: PromptBody, service: Service) -> Conversation:

@@ -368,7 +368,7 @@ def _running_ids(app: Any) -> list[str]:
 
 
 def test_events_keep_a_silent_stream_alive() -> None:
-    encoder = ResponseEncoder(ResponseHead(id="resp_1", created_at=0, model="m"))
+    encoder = ResponseEncoder(ResponseHead(id="resp_1", created_at=0, model="m"), lambda token_id: b"")
     events = [*encoder.start(), encoder.keep_alive(), encoder.keep_alive()]
     assert [event["type"] for event in events[1:]] == ["response.in_progress"] * 3
     assert [event["sequence_number"] for event in events] == [0, 1, 2, 3]
@@ -432,7 +432,11 @@ def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) ->
     [
         {"include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "client_metadata": {"a": 1}},
         {"truncation": "auto", "max_tool_calls": 3, "user": "u", "unknown": [1], "stream_options": {}},
-        {"text": {"verbosity": "medium"}, "top_logprobs": 0, "tools": [{"type": "web_search"}, {"type": "mcp"}]},
+        {
+            "text": {"verbosity": "medium"},
+            "top_logprobs": 0,
+            "tools": [{"type": "web_search"}, {"type": "mcp"}],
+        },
         {"instructions": None, "tools": None, "store": None, "background": False},
     ],
 )
@@ -456,7 +460,7 @@ def test_an_engine_error_before_and_in_a_stream() -> None:
 
 
 def test_codes_of_failures_in_a_stream() -> None:
-    encoder = ResponseEncoder(ResponseHead(id="resp_1", created_at=0, model="m"))
+    encoder = ResponseEncoder(ResponseHead(id="resp_1", created_at=0, model="m"), lambda token_id: b"")
     errors = [encoder.fail(error)["response"]["error"] for error in (PromptTooLong(9, 5), EngineError("x"))]
     assert [error["code"] for error in errors] == ["context_length_exceeded", "server_error"]
     queue_full = encoder.fail(QueueFull("too many", 1.5))["response"]["error"]

@@ -34,7 +34,8 @@ def test_whole_reply_with_logprobs() -> None:
     )
     (choice,) = completion.choices
     assert (choice.message.content, choice.message.reasoning_content) == ("Hi", "t")
-    assert choice.logprobs.content[0].token == "t"
+    assert [token.token for token in choice.logprobs.content] == ["H", "i"]
+    assert len(choice.logprobs.content[0].top_logprobs) == 1
     assert completion.usage.completion_tokens_details.reasoning_tokens == 3
 
 
