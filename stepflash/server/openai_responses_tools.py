@@ -108,7 +108,10 @@ def _flattened(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[ClientTool,
 
 
 def _client_tool(fields: Mapping[str, Any], path: str, namespace: str | None = None) -> ClientTool:
-    name = fields.get("name")
+    name, callers = fields.get("name"), fields.get("allowed_callers")
+    if isinstance(callers, list) and callers and "direct" not in callers:
+        where = f"{path}.allowed_callers"
+        raise RequestError(f"{where}: only 'direct' is supported: no program calls tools here", param=where)
     if not isinstance(name, str):
         raise BadSchema(f"{path}.name: must be a name", param=f"{path}.name")
     return ClientTool(name=name, namespace=namespace, is_custom=fields["type"] == "custom")

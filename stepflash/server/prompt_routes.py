@@ -13,8 +13,8 @@ from stepflash.chat.messages import Conversation
 from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
 from stepflash.errors import RequestError
 from stepflash.server.body import Body, Refusal
-from stepflash.server.thinking_fields import turns_thinking_off
 from stepflash.server.service import Service
+from stepflash.server.thinking_fields import turns_thinking_off
 
 
 class PromptBody(Body):
