@@ -2,8 +2,8 @@
 
 A packed weight is one uint8 tensor, [num_bytes] or [num_experts, num_bytes]: panels of 32 output rows, each a
 contiguous stream with its scales inside (csrc/formats.h draws it). `pack_*` are exact re-arrangements of
-values that are already quantised; `quantize` rounds a float matrix first; `unpack` returns the values that a
-packed weight stands for. Used at load time and by the references; the kernels read the bytes as they are.
+values that are already quantised; `quantize` rounds a float matrix first (the reference of `ops.quantize`);
+`unpack` returns the values that a packed weight stands for. The kernels read the bytes as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 32
+NUM_SCALES = 19  # that are tried for a group of int4
+UNFIT = "a weight is NaN, infinite or too large for a float16 scale"
 
 
 class Format(IntEnum):
@@ -169,12 +171,18 @@ def _unpack_fp8(data: Tensor, panels: int, kp: int) -> Tensor:
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, k] -> float8_e4m3fn [n, k] and float32 scales per 128 x 128 block, so that the peak maps to 448."""
+    """[n, k] -> float8_e4m3fn [n, k] and float32 scales per 128 x 128 block, so that the peak maps to 448.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
     n, k = weight.shape
     rows, columns = -(-n // 128), -(-k // 128)
     padded = _pad(weight.float(), rows * 128, columns * 128)
     blocks = padded.view(rows, 128, columns, 128)
     scales = (blocks.abs().amax((1, 3)) / 448.0).clamp_min(1e-12)
+    if not bool(scales.isfinite().all()):
+        raise ValueError("a weight is NaN or infinite")
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn).view(rows * 128, columns * 128)
     return codes[:n, :k].contiguous(), scales
 
@@ -185,33 +193,66 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Symmetric rounding of [n, k] by groups along k: int8 codes [n, kp] and float16 scales [n, kp / group].
 
-    weight ~= code * scale, codes in [-8, 7] or [-127, 127]. For 4 bits each group takes, of 19 scales around
-    the one that maps its signed peak to -8, the one with the least squared error.
+    weight ~= code * scale, codes in [-8, 7] or [-127, 127]; the scales of 4 bits are those of `search_scale`.
+
+    Raises:
+        ValueError: a weight is NaN, infinite or too large for a float16 scale.
     """
     n, k = weight.shape
     groups = _pad(weight.float(), n, _round_up(k, group)).view(n, -1, group)
-    if bits == 8:
-        scales = (groups.abs().amax(-1) / 127.0).to(torch.float16)
-        return _round_groups(groups, scales, -127, 127).view(n, -1), scales
+    if bits == 4:
+        scales = search_scale(groups)
+        return round_groups(groups, scales, -8, 7).to(torch.int8).view(n, -1), scales
+    scales = (groups.abs().amax(-1) / 127.0).to(torch.float16) + 0.0
+    if not bool(scales.isfinite().all()):
+        raise ValueError(UNFIT)
+    return round_groups(groups, scales, -127, 127).to(torch.int8).view(n, -1), scales
+
+
+def search_scale(groups: Tensor, importance: Tensor | None = None) -> Tensor:
+    """float16 scales [...] of groups [..., group] for codes in [-8, 7], never -0.
+
+    Of 19 scales around the one that maps the signed peak to -8, the first with the least squared error. Errors are
+    added in the order that csrc/quantize.cpp uses, so that both choose alike.
+
+    Args:
+        importance: of each weight's squared error, broadcasting against the groups.
+    Raises:
+        ValueError: a weight is NaN, infinite or too large for a float16 scale.
+    """
     low, high = groups.amin(-1), groups.amax(-1)
     peak = torch.where(high > -low, high, low)
-    best_scales = torch.zeros_like(peak, dtype=torch.float16)
+    best = torch.zeros_like(peak, dtype=torch.float16)
     best_error = torch.full_like(peak, torch.inf)
-    for step in range(-9, 10):
-        scales = (peak / (-8.0 + 0.15 * step)).to(torch.float16)
-        error = (
-            (_round_groups(groups, scales, -8, 7) * scales.float().unsqueeze(-1) - groups).square_().sum(-1)
-        )
+    for step in range(NUM_SCALES):
+        scales = (peak / (-8.0 + 0.15 * (step - NUM_SCALES // 2))).to(torch.float16) + 0.0
+        errors = round_groups(groups, scales, -8, 7).mul_(scales.float()[..., None]).sub_(groups).square_()
+        error = _sum_of_group(errors if importance is None else errors.mul_(importance))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scales = torch.where(better, scales, best_scales)
-    return _round_groups(groups, best_scales, -8, 7).view(n, -1), best_scales
+        best = torch.where(better, scales, best)
+    if not bool(best_error.isfinite().all()):
+        raise ValueError(UNFIT)
+    return best
 
 
-def _round_groups(groups: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+def _sum_of_group(x: Tensor) -> Tensor:
+    """Sum over the last dimension: entries j, j + 8, j + 16, ... one after the other, then those eight in halves."""
+    padded = F.pad(x, (0, -x.shape[-1] % 8))
+    columns = padded.view(*padded.shape[:-1], -1, 8)
+    total: Tensor = columns[..., 0, :].clone()
+    for i in range(1, columns.shape[-2]):
+        total += columns[..., i, :]
+    for count in (4, 2, 1):
+        total = total[..., :count] + total[..., count:]
+    return total.squeeze(-1)
+
+
+def round_groups(groups: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """Codes, as floats, of groups [..., group] with scales [...]."""
     wide = scales.float().unsqueeze(-1)
     inverse = torch.where(wide == 0, 0.0, 1.0 / wide)
-    return (groups * inverse).round_().clamp_(low, high).to(torch.int8)
+    return (groups * inverse).round_().clamp_(low, high)
 
 
 def pack_groups(codes: Tensor, scales: Tensor, fmt: Format) -> Tensor:
@@ -374,8 +415,10 @@ def _unpack_q6_k(data: Tensor, panels: int, kp: int) -> Tensor:
 def quantize(weight: Tensor, fmt: Format) -> Tensor:
     """[n, k] or [num_experts, n, k] of floats -> packed [num_bytes] or [num_experts, num_bytes].
 
+    The reference of `ops.quantize`, which is what everything but tests calls.
+
     Raises:
-        ValueError: the format has no quantiser here (Q4_K and Q6_K come from GGUF files).
+        ValueError: the format has no quantiser here (Q4_K and Q6_K come from GGUF files), or a weight has no code.
     """
     if weight.dim() == 3:
         return torch.stack([quantize(expert, fmt) for expert in weight])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stepflash.kernels import build, reference
+from stepflash.kernels.formats import Format, packed_bytes
 from stepflash.kernels.kv_layout import is_interleaved
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ _SCHEMAS = {
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
     " Tensor block_table, Tensor seq_lens, Tensor cu_seqlens, int window, float scale, int first_key=0,"
     " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor",
+    "quantize": "(Tensor weight, int fmt) -> Tensor",
     "advise_huge_pages": "(Tensor packed) -> ()",
     "stream_read": "(Tensor data) -> int",
 }
@@ -197,6 +199,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _nothing,
     "cached_attention": _like_first,
     "paged_attention": _like_first,
+    "quantize": lambda weight, fmt: weight.new_empty(
+        (*weight.shape[:-2], packed_bytes(Format(fmt), *weight.shape[-2:])), dtype=torch.uint8
+    ),
     "advise_huge_pages": _nothing,
     "stream_read": lambda data: 0,
 }
@@ -431,6 +436,21 @@ def cached_attention(
     if _has_kernels(k_cache):
         return torch.ops.stepflash.cached_attention(*args)  # type: ignore[no-any-return]
     return reference.cached_attention(*args)
+
+
+def quantize(weight: Tensor, fmt: Format) -> Tensor:
+    """[n, k] or [num_experts, n, k] of floats -> packed [num_bytes] or [num_experts, num_bytes].
+
+    Kernels are there for int8 and int4, where torch takes minutes for a large model; other formats are
+    rearrangements.
+
+    Raises:
+        ValueError: the format has no quantiser here (Q4_K and Q6_K come from GGUF files), or a weight is NaN,
+            infinite or too large for a float16 scale.
+    """
+    if fmt.is_int8 or fmt.is_int4:
+        return torch.ops.stepflash.quantize(weight, int(fmt))  # type: ignore[no-any-return]
+    return reference.quantize(weight, fmt)
 
 
 def advise_huge_pages(packed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepflash.kernels import kv_layout
+from stepflash.kernels import formats, kv_layout
 from stepflash.kernels.formats import Format, unpack
 
 
@@ -265,6 +265,10 @@ def cached_attention(
         k_scale,
         v_scale,
     )
+
+
+def quantize(weight: Tensor, fmt: int) -> Tensor:
+    return formats.quantize(weight, Format(fmt))
 
 
 def advise_huge_pages(packed: Tensor) -> None:

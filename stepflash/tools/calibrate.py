@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepflash.kernels.formats import Format, pack_groups, quantize, unpack
+from stepflash.errors import WeightsError
+from stepflash.kernels.formats import Format, pack_groups, unpack
 from stepflash.model.attention import PackedAttention
 from stepflash.model.block import DecoderLayer
 from stepflash.model.config import ModelConfig
@@ -26,7 +27,7 @@ from stepflash.model.rope import inverse_frequencies, rotation
 from stepflash.tools.gptq import gptq, inverse_factor
 from stepflash.weights.checkpoint import Checkpoint
 from stepflash.weights.load import materialize, put
-from stepflash.weights.packed import content_digest, is_packable
+from stepflash.weights.packed import content_digest, is_packable, pack_slab
 from stepflash.weights.stored import StoredTensor
 
 # An expert that fewer calibration tokens chose also sees those that come nearest to choosing it.
@@ -193,10 +194,13 @@ class _LayerRounder:
         fmt = self.formats[name]
         assert fmt is not None, f"{name} is planned as packed"
         if fmt.is_int4:
-            codes, scales = gptq(weight, inputs.factor, fmt.group)
+            try:
+                codes, scales = gptq(weight, inputs.factor, fmt.group)
+            except ValueError as error:
+                raise WeightsError(f"{self.tensors[name].origin}: {error}") from error
             packed = [pack_groups(c, s, fmt) for c, s in zip(codes, scales, strict=True)]
         else:
-            packed = [quantize(matrix, fmt) for matrix in weight]
+            packed = [pack_slab(self.tensors[name], matrix, fmt) for matrix in weight]
         values = torch.stack([unpack(data, fmt, *weight.shape[1:]) for data in packed])
         return values, torch.stack(packed)
 

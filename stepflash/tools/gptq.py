@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepflash.errors import WeightsError
+from stepflash.kernels.formats import search_scale
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper: H of few tokens is singular
-NUM_SCALES = 19
 
 
 def gptq(weight: Tensor, factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -29,55 +29,37 @@ def gptq(weight: Tensor, factor: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """
     k = weight.shape[-1]
     padding = -k % group
-    left = F.pad(weight.float(), (0, padding))
+    # A column of the matrices is contiguous here: [batch, k, n].
+    left = F.pad(weight.float(), (0, padding)).transpose(1, 2).contiguous()
     if padding:
         factor = F.pad(factor, (0, padding, 0, padding))
         factor.diagonal(dim1=1, dim2=2)[:, k:] = 1.0
     importance = factor.diagonal(dim1=1, dim2=2).square().reciprocal()  # [batch, k]
     codes = torch.empty_like(left, dtype=torch.int8)
     scales = []
-    for start in range(0, left.shape[-1], group):
+    for start in range(0, left.shape[1], group):
         end = start + group
-        columns = left[..., start:end].clone()
-        scale = search_scale(columns, importance[:, None, start:end])  # [batch, n]
+        columns = left[:, start:end]
+        scale = search_scale(columns.transpose(1, 2), importance[:, None, start:end])  # [batch, n]
         scales.append(scale)
         wide = scale.float()
         inverse = torch.where(wide == 0, 0.0, 1.0 / wide)
         errors = torch.empty_like(columns)
         block = factor[:, start:end, start:end]
         for j in range(group):
-            column = columns[..., j]
-            code = (column * inverse).round_().clamp_(-8, 7)
-            codes[..., start + j] = code.to(torch.int8)
-            errors[..., j] = (column - code * wide) / block[:, j, j, None]
-            columns[..., j + 1 :] -= errors[..., j, None] * block[:, j, None, j + 1 :]
-        left[..., end:] -= errors @ factor[:, start:end, end:]
-    return codes[..., :k], torch.stack(scales, -1)
-
-
-def search_scale(columns: Tensor, importance: Tensor) -> Tensor:
-    """float16 scales [batch, n] of groups [batch, n, group].
-
-    Of 19 scales around the one that maps the signed peak to -8, the one with the least squared error, weighted by
-    `importance`, which broadcasts against the groups.
-    """
-    low, high = columns.amin(-1), columns.amax(-1)
-    peak = torch.where(high > -low, high, low)
-    best = torch.zeros_like(peak, dtype=torch.float16)
-    best_error = torch.full_like(peak, torch.inf)
-    for step in range(NUM_SCALES):
-        scale = (peak / (-8.0 + 0.15 * (step - NUM_SCALES // 2))).to(torch.float16)
-        wide = scale.float()[..., None]
-        rounded = (columns * torch.where(wide == 0, 0.0, 1.0 / wide)).round_().clamp_(-8, 7).mul_(wide)
-        error = rounded.sub_(columns).square_().mul_(importance).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, scale, best)
-    return best
+            code = (columns[:, j] * inverse).round_().clamp_(-8, 7)
+            codes[:, start + j] = code.to(torch.int8)
+            errors[:, j] = (columns[:, j] - code * wide) / block[:, j, j, None]
+            columns[:, j + 1 :].addcmul_(block[:, j, j + 1 :, None], errors[:, None, j], value=-1)
+        left[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    return codes[:, :k].transpose(1, 2).contiguous(), torch.stack(scales, -1)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with U^T U = H^-1; H is damped, more if that is not enough.
+
+    H = R R^T with an upper R comes from the Cholesky factor of H with rows and columns reversed, and U = R^-1:
+    half the work of inverting H and factorising the inverse.
 
     Args:
         hessian: [batch, k, k] float32, the sum of x x^T over the inputs of each matrix.
@@ -86,16 +68,25 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     if not bool(hessian.isfinite().all()):
         raise WeightsError("the calibration inputs of a layer are NaN or infinite: the model is damaged")
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
-    eye = torch.eye(hessian.shape[-1])
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-12)
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        damped = hessian + (damping * mean)[..., None] * eye
+        damped = hessian.flip(1, 2)
+        damped.diagonal(dim1=1, dim2=2).add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed.any()):
-            inverse = torch.cholesky_inverse(lower)
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed.any()):
-                return upper
+            return _inverse_upper(lower.flip(1, 2))
     raise WeightsError("the calibration inputs of a layer cannot be inverted: use another --calibration")
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """Inverse of upper triangular matrices [batch, k, k], by halves, so that nearly all of it is matrix products."""
+    k = matrix.shape[-1]
+    if k <= 256:
+        inverse: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(k), upper=True)
+        return inverse
+    half = k // 2
+    out = torch.zeros_like(matrix)
+    first = out[:, :half, :half] = _inverse_upper(matrix[:, :half, :half])
+    last = out[:, half:, half:] = _inverse_upper(matrix[:, half:, half:])
+    out[:, :half, half:] = (first @ matrix[:, :half, half:] @ last).neg_()
+    return out

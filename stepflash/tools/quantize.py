@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepflash.errors import ConfigError, WeightsError
-from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
+from stepflash.kernels.formats import Format, packed_bytes, parse_format, unpack
 from stepflash.model.config import ModelConfig
 from stepflash.tools.calibrate import Calibration
 from stepflash.tools.receipt import MANIFEST_NAME
@@ -38,6 +38,7 @@ from stepflash.weights.packed import (
     is_packable,
     match,
     num_packed_bytes,
+    pack_slab,
     packed_name,
     slabs,
 )
@@ -421,7 +422,7 @@ def _pieces(
     done = 0
     for slab in slabs(source):
         if rounded is None:
-            packed = quantize(slab, tensor.fmt)
+            packed = pack_slab(source, slab, tensor.fmt)
         else:
             num_bytes = packed_bytes(tensor.fmt, *slab.shape)
             packed = rounded.view(-1)[done : done + num_bytes]

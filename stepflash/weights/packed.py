@@ -5,7 +5,8 @@ packing a checkpoint of any size needs a few dozen MiB beside the result. `stepf
 files and `load_model(quantization=...)` puts them into memory: the same function makes both, so they are equal.
 
 In a checkpoint the parameter `X.weight` is then the uint8 tensor `X.qweight`, [num_bytes] or [num_experts,
-num_bytes], and `quantization_config` in config.json says what it stands for:
+num_bytes], and `quantization_config` in config.json says what it stands for. Its version is
+that of this layout and of the panels that the bytes are (csrc/formats.h): another version is refused.
 
     {"quant_method": "stepflash", "version": 1, "tensors": {"X.weight": {"format": "int4_g32", "shape": [n, k]}}}
 """
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from stepflash.errors import ConfigError, WeightsError
-from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize, unpack
+from stepflash.kernels import ops
+from stepflash.kernels.formats import Format, packed_bytes, parse_format, unpack
 from stepflash.weights.names import layer_of
 from stepflash.weights.quantized import PackedWeight, Packer
 from stepflash.weights.stored import EXPANDED_CHUNK_BYTES, PackedStorage, StoredTensor, TensorFile
@@ -89,12 +91,27 @@ def pack_pieces(stored: StoredTensor, fmt: Format) -> Iterator[Tensor]:
     """The packed bytes of a tensor in order, as uint8 pieces; taken over as they are if it is stored in `fmt`.
 
     NOTE: a piece is only valid until the next one is asked for.
+
+    Raises:
+        WeightsError: a value is NaN, infinite or too large for the format.
     """
     if stored.packed is not None and stored.packed.fmt == fmt:
         yield from stored.packed.pieces()
         return
     for slab in slabs(stored):
-        yield quantize(slab, fmt)
+        yield pack_slab(stored, slab, fmt)
+
+
+def pack_slab(stored: StoredTensor, slab: Tensor, fmt: Format) -> Tensor:
+    """Some rows of a tensor, packed.
+
+    Raises:
+        WeightsError: a value is NaN, infinite or too large for the format.
+    """
+    try:
+        return ops.quantize(slab, fmt)
+    except ValueError as error:
+        raise WeightsError(f"{stored.origin}: cannot be {fmt.name.lower()}: {error}") from error
 
 
 def hashed(pieces: Iterable[Tensor], digest: Any) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepflash.errors import ConfigError
 from stepflash.kernels import ops
-from stepflash.kernels.formats import Format, packed_bytes, parse_format, quantize
+from stepflash.kernels.formats import Format, packed_bytes, parse_format
 from stepflash.model.attention import Attend, Attention
 from stepflash.model.block import DecoderLayer
 from stepflash.model.layers import MLP, RMSNorm
@@ -38,7 +38,7 @@ class PackedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, fmt: Format) -> None:
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        self._fill(tuple(weight.shape), fmt, (quantize(matrix, fmt) for matrix in matrices))
+        self._fill(tuple(weight.shape), fmt, (ops.quantize(matrix, fmt) for matrix in matrices))
 
     @classmethod
     def from_pieces(cls, shape: tuple[int, ...], fmt: Format, pieces: Iterable[Tensor]) -> PackedWeight:

@@ -22,6 +22,7 @@ from stepflash.weights.names import Shape, expected_tensors, is_norm, layer_of
 from stepflash.weights.safetensors import INDEX_NAME
 
 SHARD_BYTES = 1 << 30
+PIECE = 1 << 24  # a multiple of 16, so that the pieces hold what one draw of all of them would
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -152,11 +153,10 @@ def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor
 
 
 def _random_tensor(config: ModelConfig, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    values = torch.empty(shape, dtype=torch.float32)
     if name.endswith("router_bias"):
-        return values.normal_(0, 0.05, generator=generator)
+        return _normal(shape, 0.05, generator, torch.float32)
     if is_norm(name):  # zero-centred
-        return values.normal_(0, 0.1, generator=generator).to(torch.bfloat16)
+        return _normal(shape, 0.1, generator)
     gain = 1.0
     layer_idx = layer_of(name)
     if name == "model.embed_tokens.weight":
@@ -167,7 +167,17 @@ def _random_tensor(config: ModelConfig, name: str, shape: Shape, generator: torc
         # Large enough that the clamps bite; the routed experts come back to the size of the rest.
         down = 1 / 6 if ".moe." in name else 1.0
         gain = {"gate_proj": 6.0, "up_proj": 6.0, "down_proj": down}.get(name.split(".")[-2], 1.0)
-    return values.normal_(0, gain / shape[-1] ** 0.5, generator=generator).to(torch.bfloat16)
+    return _normal(shape, gain / shape[-1] ** 0.5, generator)
+
+
+def _normal(
+    shape: Shape, deviation: float, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Normally distributed values, drawn as float32 a few million at a time."""
+    out = torch.empty(shape, dtype=dtype)
+    for piece in out.view(-1).split(PIECE):  # type: ignore[no-untyped-call]
+        piece.copy_(torch.empty(piece.shape).normal_(0, deviation, generator=generator))
+    return out
 
 
 def write_random_checkpoint(folder: Path, size: Size, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:

@@ -148,6 +148,14 @@ struct NetworkArgs {
   float* best_logit;               // NaN if any of them is
 };
 
+// A float matrix to be rounded to an int8 or int4 format.
+struct QuantizeArgs {
+  int num_threads;
+  int64_t num_rows, k, format;
+  View weight;
+  uint8_t* out;  // the packed bytes
+};
+
 struct Kernels {
   const char* isa;
   void (*linear)(const LinearArgs&);
@@ -158,6 +166,7 @@ struct Kernels {
   void (*cache_write)(const CacheWriteArgs&);
   void (*attention)(const AttentionArgs&);
   void (*network)(const NetworkArgs&);
+  bool (*quantize)(const QuantizeArgs&);  // false: a weight is NaN, infinite or too large for a float16 scale
   int64_t (*stream_read)(const uint8_t* data, int64_t num_bytes, int num_threads);
 };
 

@@ -1,62 +1,17 @@
-// Tensors in, kernel arguments out. The only file that includes torch; the ops are declared in ops.py.
+// Tensors in, kernel arguments out. With tensors.h all that sees torch; the ops are declared in ops.py.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <sys/mman.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include <cstdlib>
 #include <limits>
 
-#include "api.h"
+#include "tensors.h"
 
 namespace stepflash {
 namespace {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-const Kernels& kernels() {
-  static const Kernels* table = select_kernels(std::getenv("STEPFLASH_ISA"));
-  TORCH_CHECK(table != nullptr, "stepflash: this processor has none of the compiled instruction sets; set STEPFLASH_NATIVE=0");
-  return *table;
-}
-
-// Rows of the last dimension; every dimension before it must be evenly strided.
-View view(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name, " must be bfloat16 or float32, got ", t.scalar_type());
-  TORCH_CHECK(t.dim() >= 1 && (t.numel() == 0 || t.stride(-1) == 1), name, " must be contiguous in its last dimension");
-  View v;
-  v.data = t.data_ptr();
-  v.stride = t.dim() == 1 ? t.size(0) : t.stride(0);
-  v.is_float = t.scalar_type() == at::kFloat;
-  return v;
-}
-
-View view(const OptTensor& t, const char* name) { return t.has_value() ? view(*t, name) : View(); }
-
-// [num_tokens, heads, dim] whose heads follow each other; rows are tokens.
-View head_view(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.dim() == 3 && t.stride(1) == t.size(2), name, " must be [num_tokens, num_heads, head_dim] with heads side by side");
-  return view(t, name);
-}
-
-Packed packed(const Tensor& data, int64_t format, int64_t n, int64_t k, int64_t count = 1) {
-  TORCH_CHECK(format >= 0 && format < NUM_FORMATS, "unknown weight format ", format);
-  Packed p(data.data_ptr(), format, n, k);
-  TORCH_CHECK(data.scalar_type() == at::kByte && data.is_contiguous() && data.numel() == count * p.bytes(),
-              "packed weight has ", data.numel(), " bytes; format ", format, " of [", count, ", ", n, ", ", k, "] has ", count * p.bytes());
-  return p;
-}
-
-template <class T>
-const T* pointer(const OptTensor& t, at::ScalarType type, const char* name) {
-  if (!t.has_value()) return nullptr;
-  TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(), name, " must be contiguous ", type);
-  return (const T*)t->data_ptr();
-}
 
 float limit_or_infinity(std::optional<double> limit) {
   return limit.has_value() ? (float)*limit : std::numeric_limits<float>::infinity();
@@ -304,6 +259,22 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   a.out = head_view(out, "output");
   if (q.size(0) > 0) kernels().attention(a);
   return out;
+}
+
+// [n, k] or [num_experts, n, k] of floats -> packed int8 or int4.
+Tensor quantize(const Tensor& weight, int64_t format) {
+  TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "quantize: weight must be [n, k] or [num_experts, n, k], got ", weight.sizes());
+  TORCH_CHECK(format >= INT8_G32 && format <= INT4_G128, "quantize: format ", format, " is neither int8 nor int4");
+  const int64_t n = weight.size(-2), k = weight.size(-1), count = weight.dim() == 3 ? weight.size(0) : 1;
+  const Tensor rows = (weight.scalar_type() == at::kBFloat16 ? weight : weight.to(at::kFloat)).reshape({count * n, k}).contiguous();
+  Tensor out = at::empty({count, num_panels(n) * panel_bytes(format, k)}, weight.options().dtype(at::kByte));
+  QuantizeArgs a;
+  a.num_threads = at::get_num_threads(), a.num_rows = n, a.k = k, a.format = format;
+  for (int64_t i = 0; i < count && n * k > 0; ++i) {
+    a.weight = view(rows.narrow(0, i * n, n), "weight"), a.out = out.data_ptr<uint8_t>() + i * out.size(1);
+    TORCH_CHECK_VALUE(kernels().quantize(a), "a weight is NaN, infinite or too large for a float16 scale");
+  }
+  return weight.dim() == 3 ? out : out.view(-1);
 }
 
 int64_t stream_read(const Tensor& data) {
@@ -584,6 +555,7 @@ TORCH_LIBRARY_IMPL(stepflash, CPU, m) {
   m.impl("cached_attention", cached_attention);
   m.impl("paged_attention", paged_attention);
   m.impl("advise_huge_pages", advise_huge_pages);
+  m.impl("quantize", quantize);
   m.impl("stream_read", stream_read);
 }
 

@@ -14,7 +14,8 @@ void qk_norm_rope(const RopeArgs&);
 void cache_write(const CacheWriteArgs&);
 void attention(const AttentionArgs&);
 void network(const NetworkArgs&);
+bool quantize(const QuantizeArgs&);
 int64_t stream_read(const uint8_t*, int64_t, int);
 extern const Kernels KERNELS;
-const Kernels KERNELS = {SF_TEXT(SF_ISA), linear, moe, route, rms_norm, qk_norm_rope, cache_write, attention, network, stream_read};
+const Kernels KERNELS = {SF_TEXT(SF_ISA), linear, moe, route, rms_norm, qk_norm_rope, cache_write, attention, network, quantize, stream_read};
 }  // namespace SF_ISA

@@ -45,12 +45,16 @@ template <int N> SF_INLINE vi shr(vi a) { return {_mm512_srli_epi32(a.v, N)}; } 
 template <int N> SF_INLINE vi sar(vi a) { return {_mm512_srai_epi32(a.v, N)}; }  // arithmetic
 SF_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 SF_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest even
+SF_INLINE vf round(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 SF_INLINE vf as_float(vi a) { return {_mm512_castsi512_ps(a.v)}; }
 SF_INLINE vi as_int(vf a) { return {_mm512_castps_si512(a.v)}; }
 SF_INLINE float hsum(vf a) { return _mm512_reduce_add_ps(a.v); }
 SF_INLINE float hmax(vf a) { return _mm512_reduce_max_ps(a.v); }
 SF_INLINE int32_t hsumi(vi a) { return _mm512_reduce_add_epi32(a.v); }
 SF_INLINE vf load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+SF_INLINE void store_f16(uint16_t* p, vf a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 SF_INLINE vi load_u16(const uint16_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 SF_INLINE vi load_s8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 SF_INLINE void store_u16(uint16_t* p, vi a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
@@ -91,6 +95,10 @@ template <int N> SF_INLINE vi shr(vi x) { return {_mm256_srli_epi32(x.a, N), _mm
 template <int N> SF_INLINE vi sar(vi x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
 SF_INLINE vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 SF_INLINE vi to_int(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+SF_INLINE vf round(vf x) {
+  constexpr int NEAREST_EVEN = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, NEAREST_EVEN), _mm256_round_ps(x.b, NEAREST_EVEN)};
+}
 SF_INLINE vf as_float(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 SF_INLINE vi as_int(vf x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 SF_INLINE float hsum(vf x) {
@@ -113,6 +121,10 @@ SF_INLINE int32_t hsumi(vi x) {
 }
 SF_INLINE vf load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+SF_INLINE void store_f16(uint16_t* p, vf x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 SF_INLINE vi load_u16(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
