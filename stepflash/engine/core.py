@@ -251,8 +251,11 @@ class EngineCore:
         self.scheduler.add(seq)
 
     def _modules_of(self, sampling: SamplingParams) -> int:
-        depth = self.num_modules if sampling.draft_depth is None else sampling.draft_depth
-        return min(depth, self.num_modules)
+        """Modules that read along. All of them where prefixes are shared, whatever depth this request asks for:
+        the next one may ask for another, and must find their keys and states."""
+        if self.prefix is not None or sampling.draft_depth is None:
+            return self.num_modules
+        return min(sampling.draft_depth, self.num_modules)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; its blocks are free when this returns. None if it is not running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from stepflash.engine.core import EngineCore
 from stepflash.engine.kv_cache import FULL, SLIDING, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.model.config import ModelConfig
-from tests.engine.conftest import MICRO, drive, request
+from tests.engine.conftest import FEW_TOKENS, MICRO, drive, request
 
 CONFIG = ModelConfig.from_pretrained(MICRO)
 
@@ -102,6 +103,30 @@ def test_a_miss_is_explained() -> None:
     remember(cache, prefix, [1] * 41 + [2] * 9, {8, 40, 48})
     assert prefix.match([1] * 41 + [3] * 9, 3).miss == "diverged at token 41"
     assert prefix.match([1] * 41 + [2] * 7 + [5] * 9, 3).miss == "no more than 48 tokens are cached"
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, None])
+def test_every_draft_depth_finds_what_any_other_left(
+    new_core: Callable[..., EngineCore], golden: tuple[list[int], list[int]], first: int | None
+) -> None:
+    """The answer is the golden one, and drafts are as good as in an engine that has always drafted."""
+    prompt, expected = golden
+    few = {"max_tokens": 60, "logit_bias": FEW_TOKENS}
+    for depth in (0, 1, 3, None):
+        core = new_core()
+        left = drive(core, request("a", prompt, max_tokens=40, draft_depth=first))["a"]
+        assert left.token_ids == expected[:40]
+        asked = prompt + left.token_ids
+        done = drive(core, request("b", asked, max_tokens=30, draft_depth=depth))["b"]
+        assert done.stats.num_cached_tokens == 192
+        assert done.token_ids == expected[40:70]
+        if depth:
+            warm = drive(core, request("c", asked, draft_depth=depth, **few))["c"]
+            cold = drive(new_core(), request("c", asked, draft_depth=depth, **few))["c"]
+            assert warm.stats.num_cached_tokens >= 192
+            assert warm.token_ids == cold.token_ids
+            assert warm.stats.num_accepted_tokens == cold.stats.num_accepted_tokens
+            assert sum(cold.stats.num_accepted_tokens) > 0
 
 
 def test_an_agent_never_reads_its_history_again(new_core: Callable[..., EngineCore]) -> None:
