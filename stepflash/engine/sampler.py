@@ -47,7 +47,12 @@ class SamplerState:
     @property
     def is_greedy(self) -> bool:
         """True when the largest logit as the model gives it decides."""
-        return self.params.temperature < GREEDY_BELOW and self.bias is None and self.counts is None
+        return self.params.temperature < GREEDY_BELOW and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or a bias apply."""
+        return self.bias is not None or self.counts is not None
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Count tokens that were emitted."""
@@ -116,7 +121,7 @@ class Sampler:
         """
         raw = logits
         logits = logits[:, : self.vocab_limit]
-        changed = [i for i, row in enumerate(rows) if _is_changed(row)]
+        changed = [i for i, row in enumerate(rows) if row.allowed is not None or row.state.changes_logits]
         if changed:
             logits = logits.clone()
             for i in changed:
@@ -227,10 +232,6 @@ def _nucleus_threshold(scaled: Tensor, top_p: Tensor) -> Tensor:
     before = mass - probabilities  # mass of everything more likely
     size = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
     return values.gather(-1, size - 1)
-
-
-def _is_changed(row: Row) -> bool:
-    return row.allowed is not None or row.state.bias is not None or row.state.counts is not None
 
 
 def _apply(logits: Tensor, row: Row) -> None:
