@@ -24,6 +24,7 @@ from stepflash.settings import (
     KV_DTYPES,
     LOG_FORMATS,
     REASONING_FIELDS,
+    SCHEDULING_POLICIES,
     EngineSettings,
     ServerSettings,
     did_you_mean,
@@ -215,6 +216,18 @@ def _add_limits(parser: argparse.ArgumentParser, server: ServerSettings) -> None
         metavar="N",
         help="that run and wait for all clients; more are refused with 429 or 529 (%(default)s)",
     )
+    group.add_argument(
+        "--scheduling-policy",
+        default=server.scheduling_policy,
+        metavar="POLICY",
+        help=f"{' or '.join(SCHEDULING_POLICIES)}: priority lets requests say theirs, lower runs first (%(default)s)",
+    )
+    group.add_argument(
+        "--request-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="an answer that takes longer is cut there; one that has not begun is refused with 429 or 529",
+    )
     group.add_argument("--max-output-tokens", type=int, metavar="N", help="longest answer, thought included")
     group.add_argument(
         "--max-thinking-tokens", type=int, metavar="N", help="longest thought, where a request does not say"
@@ -261,6 +274,8 @@ def _server_settings(args: argparse.Namespace) -> ServerSettings:
         max_task_thinking_tokens=args.max_task_thinking_tokens,
         stops_thinking_loops=not args.no_loop_guard,
         max_open_answers=args.max_open_answers,
+        scheduling_policy=args.scheduling_policy,
+        request_timeout=args.request_timeout,
         max_requests_per_client=args.max_requests_per_client,
         requests_per_minute=args.requests_per_minute,
         tokens_per_minute=args.tokens_per_minute,

@@ -52,3 +52,7 @@ class QueueFull(RequestError):
 
 class EngineError(StepflashError, RuntimeError):
     """The engine failed while running a request (5xx)."""
+
+
+class ServerClosing(StepflashError):
+    """The server goes down before an answer is complete (503)."""

@@ -17,6 +17,7 @@ from stepflash.errors import ConfigError
 DEFAULT_MODEL = "nano"
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("float32", "bfloat16", "int8")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 LOG_FORMATS = ("auto", "json", "text", "off")
 # Where chat completions tell the thought: names of fields by the name of the choice.
 REASONING_FIELDS = {
@@ -64,9 +65,10 @@ class ServerSettings:
 
     `api_keys` are "KEY" or "KEY NAME". `cors_origins`: web pages that may use the API. The limits per client (a key,
     or an address where there are no keys) are off if None; `max_open_answers` run and wait in all, then 429 or
-    529 is the answer. `is_canonical` takes known noise of clients out of prompts (see
-    `stepflash.chat.canonical`); False renders them as they come. The limits of thoughts hold where a request says
-    nothing of its own.
+    529 is the answer. `scheduling_policy` as in vLLM: "priority" lets requests say theirs. After `request_timeout`
+    seconds a request ends with what there is; one may ask for less time. `is_canonical` takes known noise of clients
+    out of prompts (see `stepflash.chat.canonical`); False renders them as they come. The limits of thoughts hold
+    where a request says nothing of its own.
     """
 
     host: str = "127.0.0.1"
@@ -81,6 +83,8 @@ class ServerSettings:
     max_requests_per_client: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    scheduling_policy: str = "fcfs"
+    request_timeout: float | None = None
     drain_seconds: int = 30
     log_format: str = "auto"
     log_prompts: bool = False
@@ -100,6 +104,11 @@ class ServerSettings:
             raise ConfigError("api_key must not begin with a space")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}")
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            known = " or ".join(SCHEDULING_POLICIES)
+            raise ConfigError(f"scheduling_policy must be {known}, got {self.scheduling_policy!r}")
+        if self.request_timeout is not None and not 0 < self.request_timeout < float("inf"):
+            raise ConfigError(f"request_timeout must be above 0 seconds, got {self.request_timeout:g}")
         if self.reasoning_field not in REASONING_FIELDS:
             known = ", ".join(REASONING_FIELDS)
             raise ConfigError(f"reasoning_field must be one of {known}, got {self.reasoning_field!r}")

@@ -77,6 +77,8 @@ class StandIn:
     max_model_len: int = 512
     is_incremental: bool = False
     takes_seeds: bool = True
+    has_priorities: bool = False
+    runs_low_priorities_first: bool = False
     statuses: list[int] = field(default_factory=list)
     cut_after: int | None = None
     cut_times: int = 1
@@ -108,6 +110,8 @@ class StandIn:
         return {
             "enable_deterministic_inference": self.takes_seeds,
             "incremental_streaming_output": self.is_incremental,
+            "enable_priority_scheduling": self.has_priorities,
+            "schedule_low_priority_values_first": self.runs_low_priorities_first,
         }
 
     async def tokenize(self, request: Request) -> Response:
@@ -132,6 +136,9 @@ class StandIn:
             return refusal
         assert body["stream"]
         assert body["return_token_ids"]
+        if body.get("priority") and not self.has_priorities:
+            message = "Got priority but Priority scheduling is not enabled."
+            return JSONResponse({"error": {"message": message}}, 400)
         assert body["model"] == "upstream-model"
         assert body.get("logprobs") is None or body["return_tokens_as_token_ids"]
         sampling = _sampling(body, body["max_tokens"], body.get("seed"), body.get("logprobs"))

@@ -27,7 +27,7 @@ from stepflash.chat.messages import (
 from stepflash.chat.parser import OutputParser
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.engine.request import Output, Request, RequestStats, TokenLogprob
-from stepflash.errors import EngineError
+from stepflash.errors import EngineError, QueueFull
 
 THINK_END = "</think>"
 
@@ -161,8 +161,12 @@ class AnswerReader:
         if output.finish_reason == "error" or output.error is not None:
             raise EngineError(output.error or "the engine failed while running this request")
         token_ids = output.token_ids
+        reason = output.finish_reason
+        if reason == "abort" and output.stop_reason == "deadline":
+            self._check_deadline(len(token_ids))
+            reason = "length"
         text_ids = token_ids
-        if output.finish_reason == "stop":
+        if reason == "stop":
             while text_ids and text_ids[-1] in self._eos_token_ids:
                 text_ids = text_ids[:-1]
         self._count(token_ids, output.stats)
@@ -170,11 +174,11 @@ class AnswerReader:
 
         text = self._pending_prefill + self._text(text_ids, output.logprobs)
         self._pending_prefill = ""
-        if output.finish_reason is not None:
+        if reason is not None:
             text += self._detokenizer.flush()
         events = self._parser.push(text)
-        if output.finish_reason is not None:
-            events = [*events, *self._parser.finish(output.finish_reason)]
+        if reason is not None:
+            events = [*events, *self._parser.finish(reason)]
         for event in events:
             for shown in self._filter(event):
                 yield from self._text_logprobs(shown)
@@ -199,6 +203,13 @@ class AnswerReader:
             found = self._places.take_all()
         if found.other or found.content:
             yield found
+
+    def _check_deadline(self, num_new_tokens: int) -> None:
+        """The time is over: what there is becomes the answer, cut; without any of it there is none to give."""
+        if not self._usage.completion_tokens + num_new_tokens:
+            seconds = self._prompt.request.deadline_seconds or 1.0
+            raise QueueFull(f"no token came within the {seconds:g} seconds that this request had", seconds)
+        self._usage = replace(self._usage, deadline_reached=True)
 
     def _filter(self, event: Event) -> Iterator[Event]:
         """One event of the parser, with stop strings and the tool-call limit applied."""

@@ -42,9 +42,10 @@ class ScriptedEngine:
     """Answers request number i with `script[i % len(script)]`, or with `script(prompt text)`.
 
     The answer comes in bursts of the given sizes, cycled. A text that does not end with `END` runs out of tokens:
-    its finish reason is "length". `error` is reported after `error_after` bursts. `pause` seconds pass before each
-    burst. It keeps to the constraint of a request: what that dictates replaces the script up to the end of the
-    thought, and a script that it forbids is an error.
+    its finish reason is "length". `error` is reported after `error_after` bursts, and the deadline of a request, if
+    it has one, is reached after `deadline_after`. `pause` seconds pass before each burst. It keeps to the constraint
+    of a request: what that dictates replaces the script up to the end of the thought, and a script that it forbids is
+    an error.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ScriptedEngine:
         bursts: Sequence[int] = (1,),
         error: str | None = None,
         error_after: int = 0,
+        deadline_after: int | None = None,
         pause: float = 0.0,
     ) -> None:
         self.tokenizer = byte_tokenizer()
@@ -61,6 +63,7 @@ class ScriptedEngine:
         self.bursts = bursts
         self.error = error
         self.error_after = error_after
+        self.deadline_after = deadline_after
         self.pause = pause
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -83,6 +86,11 @@ class ScriptedEngine:
             await asyncio.sleep(self.pause)
             if request.request_id in self.aborted:
                 yield Output(request_id=request.request_id, finish_reason="abort", stats=stats)
+                return
+            if request.deadline_seconds is not None and index == self.deadline_after:
+                yield Output(
+                    request_id=request.request_id, finish_reason="abort", stop_reason="deadline", stats=stats
+                )
                 return
             if self.error is not None and index == self.error_after:
                 yield Output(request_id=request.request_id, finish_reason="error", error=self.error)

@@ -60,6 +60,13 @@ class PromptText(NamedTuple):
     thinks: bool
 
 
+@runtime_checkable
+class HoldsConnections(Protocol):
+    """An engine that keeps connections, each belonging to the event loop that made it."""
+
+    async def aclose(self) -> None: ...
+
+
 class Session:
     """One model that can be talked to: an engine with its tokenizer and chat template.
 
@@ -234,6 +241,11 @@ class Session:
     def lookup(self, prompt: Prompt) -> CacheLookup | None:
         """What the prefix cache has of a prompt now; None where that is not known."""
         return self.engine.lookup(prompt.request) if isinstance(self.engine, LooksUp) else None
+
+    async def aclose(self) -> None:
+        """Close what the engine holds open for this event loop, when nothing runs here any more."""
+        if isinstance(self.engine, HoldsConnections):
+            await self.engine.aclose()
 
     def chat(self, conversation: Conversation, sampling: SamplingParams) -> AsyncGenerator[StreamItem]:
         """Answer a conversation; `answer(prepare(...))`."""

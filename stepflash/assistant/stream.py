@@ -36,7 +36,7 @@ class Usage:
 
     `thinking_budget` is how much could be thought, None: any amount. `thinking_cut` says why the thought was
     closed, if it was. `task_reasoning_tokens` counts thoughts since the last message of the user, where there is
-    a budget for that.
+    a budget for that. `deadline_reached`: the answer is what there was when the time of the request was over.
     """
 
     prompt_tokens: int = 0
@@ -50,10 +50,13 @@ class Usage:
     thinking_budget: int | None = None
     thinking_cut: Cut | None = None
     task_reasoning_tokens: int | None = None
+    deadline_reached: bool = False
 
-    def thinking_json(self) -> dict[str, Any]:
-        """What every API says about the limits of the thought, beside the number of its tokens."""
+    def limits_json(self) -> dict[str, Any]:
+        """What every API says about the limits of the thought, beside the number of its tokens, and about a deadline
+        if that cut the answer."""
         return {
+            **({"deadline_reached": True} if self.deadline_reached else {}),
             "thinking_budget_tokens": self.thinking_budget,
             "thinking_cut": self.thinking_cut,
             "task_reasoning_tokens": self.task_reasoning_tokens,
@@ -77,6 +80,7 @@ def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
             (usage.task_reasoning_tokens for usage in usages if usage.task_reasoning_tokens is not None),
             default=None,
         ),
+        deadline_reached=any(usage.deadline_reached for usage in usages),
     )
 
 

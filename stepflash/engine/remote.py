@@ -142,6 +142,13 @@ class RemoteEngine:
                 param="seed",
                 code="unsupported_parameter",
             )
+        if request.priority and not self.upstream.priority_sign:
+            raise RequestError(
+                "priority: the SGLang server behind this one has priorities only with "
+                "--enable-priority-scheduling",
+                param="priority",
+                code="unsupported_parameter",
+            )
         if request.request_id in self._running:
             raise EngineError(f"request id {request.request_id!r} is already running")
         return self._stream(request)
@@ -171,7 +178,11 @@ class RemoteEngine:
 
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
+        loop = asyncio.get_running_loop()
+        if (task := self._gauges_task) is not None and task.get_loop() is loop:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        client = self._clients.pop(loop, None)
         if client is not None:
             await client.aclose()
 

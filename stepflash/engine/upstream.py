@@ -26,7 +26,7 @@ BIAS = 100.0  # what both servers accept at most; e^-100 is nothing
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
     """A server that was found. `max_model_len` None: it does not say. `is_incremental`: SGLang streams what is new
-    alone."""
+    alone. `priority_sign` is -1 where higher priorities run first, 0 where there are none."""
 
     url: str
     kind: str
@@ -34,6 +34,7 @@ class Upstream:
     max_model_len: int | None
     takes_seeds: bool = True
     is_incremental: bool = False
+    priority_sign: int = 1
     api_key: str | None = None
 
     @property
@@ -148,6 +149,7 @@ class SGLang:
     def __init__(self, upstream: Upstream, call: Call) -> None:
         self._call = call
         self._is_incremental = upstream.is_incremental
+        self._priority_sign = upstream.priority_sign
         self._num_seen = 0
 
     def body(self) -> dict[str, Any]:
@@ -176,8 +178,9 @@ class SGLang:
         }
         if sampling.logprobs is not None:
             body |= {"return_logprob": True, "top_logprobs_num": sampling.logprobs}
-        if call.priority:
-            body["priority"] = call.priority
+        if self._priority_sign:
+            # Also 0: SGLang puts requests that name none behind all that do.
+            body["priority"] = self._priority_sign * call.priority
         return body
 
     def read(self, event: Mapping[str, Any]) -> Delta:
@@ -239,6 +242,7 @@ def connect(url: str, api_key: str | None = None) -> Upstream:
         max_model_len=max_model_len if isinstance(max_model_len, int) else None,
         takes_seeds=kind == "vllm" or bool(info.get("enable_deterministic_inference")),
         is_incremental=bool(info.get("incremental_streaming_output") or info.get("stream_output")),
+        priority_sign=1 if kind == "vllm" else _sglang_priority_sign(info),
         api_key=api_key,
     )
 
@@ -268,6 +272,12 @@ def _kind(client: httpx.Client, model: Mapping[str, Any]) -> str | None:
         if key in _json(client.get(path)):
             return kind
     return None
+
+
+def _sglang_priority_sign(info: Mapping[str, Any]) -> int:
+    if not info.get("enable_priority_scheduling"):
+        return 0
+    return 1 if info.get("schedule_low_priority_values_first") else -1
 
 
 def _json(answer: httpx.Response) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from stepflash.chat.messages import Conversation, Tool
 from stepflash.chat.tool_grammar import FREE_CALLS, CallRules, is_restricted
 from stepflash.engine.request import SamplingParams
 from stepflash.server.sampling_fields import SamplingBody
+from stepflash.server.scheduling_fields import WHENEVER, Scheduling, read_scheduling
 from stepflash.server.structured_output import FormatBody
 from stepflash.server.thinking_fields import ThinkingBody, turns_thinking_off
 
@@ -40,6 +41,7 @@ class AnswerRequest:
     answer_format: AnswerFormat | None = None
     calls: CallRules = FREE_CALLS
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    scheduling: Scheduling = WHENEVER
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -56,10 +58,15 @@ class AnswerRequest:
         return is_restricted(self.tools, self.calls, self.answer_format)
 
 
-def template_fields(body: AnswerBody, thinking: Thinking) -> dict[str, Any]:
-    """The template's variables, and the thinking that they, too, can switch off."""
+def shared_fields(body: AnswerBody, thinking: Thinking) -> dict[str, Any]:
+    """When the request is to run; the template's variables, and the thinking that they, too, can switch off.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
     variables = body.chat_template_kwargs or {}
     return {
+        "scheduling": read_scheduling(body),
         "template_variables": variables,
         "thinking": NO_THOUGHT if turns_thinking_off(variables) else thinking,
     }

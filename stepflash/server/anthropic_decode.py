@@ -15,7 +15,7 @@ from stepflash.chat.messages import Conversation, Message, Tool
 from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.answer_request import AnswerBody, AnswerRequest, template_fields
+from stepflash.server.answer_request import AnswerBody, AnswerRequest, shared_fields
 from stepflash.server.anthropic_messages import messages_from_anthropic, tools_from_anthropic
 from stepflash.server.body import Refusal
 from stepflash.server.sampling_fields import SamplingBody, sampling_params, stop_strings
@@ -128,7 +128,7 @@ def decode(body: MessagesBody, defaults: SamplingParams) -> MessagesRequest:
         shows_thinking=(body.thinking or {}).get("display") != "omitted",
         answer_format=form,
         calls=calls,
-        **template_fields(body, _thinking(body, messages[-1])),
+        **shared_fields(body, _thinking(body, messages[-1])),
     )
 
 

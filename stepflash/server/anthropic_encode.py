@@ -178,6 +178,6 @@ def usage_json(usage: Usage) -> dict[str, Any]:
             "thinking_tokens": usage.reasoning_tokens,
             "accepted_draft_tokens": usage.accepted_draft_tokens,
             "drafted_tokens": usage.drafted_tokens,
-            **usage.thinking_json(),
+            **usage.limits_json(),
         },
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stepflash.errors import QueueFull, RequestError, StepflashError
+from stepflash.errors import QueueFull, RequestError, ServerClosing, StepflashError
 
 TYPES = {
     400: "invalid_request_error",
@@ -16,6 +16,7 @@ TYPES = {
     405: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    503: "overloaded_error",  # what clients try again, also when it comes in a stream
     529: "overloaded_error",
 }
 OVERLOADED = 529
@@ -39,6 +40,8 @@ def describe(error: StepflashError) -> tuple[int, dict[str, Any], Mapping[str, s
             headers = {"retry-after": str(max(1, math.ceil(error.retry_after_seconds)))}
         case RequestError():
             status = 404 if error.code == "model_not_found" else 400
+        case ServerClosing():
+            status = 503
         case _:
             status = 500
     return status, error_json(status, str(error)), headers

@@ -36,7 +36,7 @@ class AnthropicRoutes:
 
     async def messages(self, request: Request) -> Response:
         body, prompt = await self.service.open(request, MessagesBody, decode)
-        (stream,) = self.service.answers([prompt])
+        (stream,) = self.service.answers([prompt], body.scheduling)
         max_tokens = prompt.request.sampling.max_tokens
         head = MessageHead(
             id=f"msg_{new_request_id()}",

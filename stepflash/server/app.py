@@ -8,7 +8,8 @@ limits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from stepflash.engine.request import SamplingParams
 from stepflash.errors import EngineError, StepflashError
 from stepflash.server.anthropic_routes import AnthropicRoutes
 from stepflash.server.cache_routes import CacheRoutes
+from stepflash.server.closing import Closing
 from stepflash.server.errors_by_path import error_response, message_response
 from stepflash.server.keys import KeyGuard
 from stepflash.server.limits import ClientLimits
@@ -55,11 +57,20 @@ def create_app(
     """The application that serves one session under one model name.
 
     `defaults` are the sampling parameters of a request that names none. `on_closed` is told of every request that
-    has ended. The engine must be running.
+    has ended. The engine must be running. `app.state.closing` ends the answers that run when the server's time is
+    over.
     """
     settings = settings or ServerSettings()
-    service = Service(session, model_name, settings, defaults)
-    app = FastAPI(title="stepflash", docs_url=None, redoc_url=None)
+    closing = Closing()
+    service = Service(session, model_name, settings, defaults, closing)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await session.aclose()
+
+    app = FastAPI(title="stepflash", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.closing = closing
     OpenAIRoutes(service).add_to(app)
     ResponsesRoutes(service).add_to(app)
     AnthropicRoutes(service).add_to(app)

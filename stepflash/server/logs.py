@@ -29,6 +29,9 @@ def configure(settings: ServerSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # What asyncio says when several frames in a row are written to a client that just left; the record of the
+    # request tells that it did.
+    logging.getLogger("asyncio").addFilter(lambda line: "socket.send() raised" not in line.getMessage())
     access_log.setLevel(logging.WARNING if log_format == "off" else logging.INFO)
 
 

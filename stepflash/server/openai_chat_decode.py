@@ -15,7 +15,7 @@ from stepflash.chat.openai_messages import messages_from_openai, tools_from_open
 from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.answer_request import AnswerRequest, template_fields
+from stepflash.server.answer_request import AnswerRequest, shared_fields
 from stepflash.server.openai_schema import ChatBody, num_choices, stream_options
 from stepflash.server.sampling_fields import sampling_params, stop_strings
 from stepflash.server.structured_output import read_format
@@ -71,7 +71,7 @@ def decode(body: ChatBody, defaults: SamplingParams) -> ChatRequest:
         continuous_usage=bool(options.continuous_usage_stats),
         answer_format=read_format(body, body.response_format, "response_format"),
         calls=calls,
-        **template_fields(
+        **shared_fields(
             body, read_thinking(body, effort=body.reasoning_effort, effort_param="reasoning_effort")
         ),
     )

@@ -134,7 +134,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {
             "reasoning_tokens": usage.reasoning_tokens,
-            **usage.thinking_json(),
+            **usage.limits_json(),
             "accepted_draft_tokens": usage.accepted_draft_tokens,
             "drafted_tokens": usage.drafted_tokens,
             "num_steps": usage.num_steps,

@@ -15,6 +15,7 @@ from stepflash.errors import RequestError
 from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish_reason, finite, usage_json
 from stepflash.server.openai_schema import CompletionBody, num_choices, stream_options
 from stepflash.server.sampling_fields import sampling_params, stop_strings
+from stepflash.server.scheduling_fields import WHENEVER, Scheduling, read_scheduling
 from stepflash.server.structured_output import read_format
 
 DEFAULT_MAX_TOKENS = 16
@@ -33,6 +34,7 @@ class CompletionRequest:
     continuous_usage: bool = False
     echo: bool = False
     answer_format: AnswerFormat | None = None
+    scheduling: Scheduling = WHENEVER
 
 
 def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
@@ -67,6 +69,7 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
         continuous_usage=bool(options.continuous_usage_stats),
         echo=bool(body.echo),
         answer_format=read_format(body, body.response_format, "response_format"),
+        scheduling=read_scheduling(body),
     )
 
 

@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from stepflash.errors import EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
+from stepflash.errors import (
+    EngineError,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+    ServerClosing,
+    StepflashError,
+)
 
 Headers = Mapping[str, str]
 
@@ -38,6 +45,8 @@ def describe(error: StepflashError) -> tuple[int, dict[str, Any], Headers]:
         case RequestError():
             status = 404 if error.code in ("model_not_found", "not_found") else 400
             return status, error_json(message, param=error.param, code=error.code), {}
+        case ServerClosing():
+            return 503, error_json(message, type="server_error", code="server_closing"), {}
         case EngineError():
             return 500, error_json(message, type="server_error", code="engine_error"), {}
     return 500, error_json(message, type="server_error"), {}

@@ -14,7 +14,7 @@ from stepflash.chat.messages import Conversation, Message
 from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.answer_request import AnswerBody, AnswerRequest, template_fields
+from stepflash.server.answer_request import AnswerBody, AnswerRequest, shared_fields
 from stepflash.server.body import Refusal
 from stepflash.server.openai_responses_items import messages_from_items
 from stepflash.server.openai_responses_tools import Toolbox, read_tools
@@ -137,7 +137,7 @@ def decode(
         answer_format=read_format(body, text.get("format"), "text.format"),
         calls=calls,
         echo=_echo(body, sampling),
-        **template_fields(body, read_thinking(body)),
+        **shared_fields(body, read_thinking(body)),
     )
 
 

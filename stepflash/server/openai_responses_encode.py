@@ -115,6 +115,8 @@ class ResponseEncoder:
 
     def response(self, status: str) -> Event:
         """The response object as it is now."""
+        is_late = self._usage is not None and self._usage.deadline_reached
+        cut = {"reason": "deadline" if is_late else "max_output_tokens"}
         return {
             "id": self._head.id,
             "object": "response",
@@ -122,7 +124,7 @@ class ResponseEncoder:
             "status": status,
             "background": False,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": cut if status == "incomplete" else None,
             "model": self._head.model,
             "output": list(self._output),
             **self._head.echo,
@@ -210,7 +212,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
             "reasoning_tokens": usage.reasoning_tokens,
             "accepted_draft_tokens": usage.accepted_draft_tokens,
             "drafted_tokens": usage.drafted_tokens,
-            **usage.thinking_json(),
+            **usage.limits_json(),
         },
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

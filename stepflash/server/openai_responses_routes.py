@@ -61,7 +61,7 @@ class ResponsesRoutes:
             return decode(body, defaults, previous.next_items if previous else ())
 
         body, prompt = await self.service.open(request, ResponsesBody, decoded)
-        (stream,) = self.service.answers([prompt])
+        (stream,) = self.service.answers([prompt], body.scheduling)
         head = ResponseHead(
             id=f"resp_{new_request_id()}",
             created_at=int(time.time()),

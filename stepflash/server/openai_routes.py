@@ -41,7 +41,8 @@ class OpenAIRoutes:
 
     async def chat_completions(self, request: Request) -> Response:
         body, prompt = await self.service.open(request, ChatBody, openai_chat_decode.decode)
-        streams = self.service.answers([as_choice(prompt, index) for index in range(body.num_choices)])
+        choices = [as_choice(prompt, index) for index in range(body.num_choices)]
+        streams = self.service.answers(choices, body.scheduling)
         head = self._head("chatcmpl-")
         if body.stream:
             chunks = openai_chat_encode.chunks(head, merge(streams), body, self.session.tokenizer.token_bytes)
@@ -63,7 +64,8 @@ class OpenAIRoutes:
         has_grammar = body.answer_format is not None
         prompts = await self.service.prepared(prepare, has_grammar=has_grammar)
         streams = self.service.answers(
-            [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)]
+            [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)],
+            body.scheduling,
         )
         echoed = [self._echo(prompt, body.echo) for prompt in body.prompts for _ in range(body.num_choices)]
         head = self._head("cmpl-")

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.body import Body, Refusal
+from stepflash.server.body import Refusal
+from stepflash.server.scheduling_fields import SchedulingBody
 
 MAX_CHOICES = 16
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1 - MAX_CHOICES
@@ -55,11 +56,11 @@ _OF_OTHER_SERVERS: Mapping[str, Refusal] = {
 }
 
 
-class SamplingBody(Body):
+class SamplingBody(SchedulingBody):
     """How to sample; what is left out is as the server has it."""
 
     refused: ClassVar[Mapping[str, Refusal]] = _OF_OTHER_SERVERS
-    ignored: ClassVar[frozenset[str]] = frozenset({"cache_prompt", "id_slot", "priority"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_prompt", "id_slot"})
 
     model: str | None = None
     temperature: float | None = None

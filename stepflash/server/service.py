@@ -29,10 +29,12 @@ from stepflash.errors import EngineError, RequestError, StepflashError
 from stepflash.server.answer_request import AnswerBody, AnswerRequest
 from stepflash.server.body import BodyType, read_body
 from stepflash.server.cache_ledger import CacheLedger, CacheReport
+from stepflash.server.closing import Closing
 from stepflash.server.health import HealthCheck
 from stepflash.server.limits import OpenAnswers
 from stepflash.server.metrics import Metrics
 from stepflash.server.request_records import CLIENT_GONE, AnswerRecord, RequestRecord, current_record, log
+from stepflash.server.scheduling_fields import Scheduling
 from stepflash.server.sse import COMMENTS, ClientGone, EventStream, KeepAlive, unless_disconnected
 from stepflash.settings import ServerSettings
 
@@ -47,12 +49,18 @@ class Service:
     """One session under one model name. `defaults` are the sampling parameters of a request that names none."""
 
     def __init__(
-        self, session: Session, model_name: str, settings: ServerSettings, defaults: SamplingParams
+        self,
+        session: Session,
+        model_name: str,
+        settings: ServerSettings,
+        defaults: SamplingParams,
+        closing: Closing,
     ) -> None:
         self.session = session
         self.model_name = model_name
         self.settings = settings
         self.defaults = defaults
+        self.closing = closing
         self.metrics = Metrics(session.engine.stats, lambda: getattr(session.engine, "num_restarts", 0))
         self.health = HealthCheck(session)
         self.cache_ledger = CacheLedger()
@@ -143,19 +151,23 @@ class Service:
         is_quick = current_record().num_body_bytes < LARGE_BODY_BYTES and not has_grammar
         return prepare() if is_quick else await asyncio.to_thread(prepare)
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[AsyncGenerator[StreamItem]]:
+    def answers(self, prompts: Sequence[Prompt], scheduling: Scheduling) -> list[AsyncGenerator[StreamItem]]:
         """Submit prompts.
 
         Raises:
             QueueFull: too many answers are running and waiting.
             RequestError: the engine refuses one.
+            ServerClosing: the server's time is over.
         """
+        if self.closing.is_over:
+            raise self.closing.error()
+        prompts = [self._limited(prompt, scheduling) for prompt in prompts]
         record = current_record()
         self.open_answers.take(record, len(prompts))
         if self.settings.log_prompts:
             decode = self.session.tokenizer.decode
             record.prompts += [decode(prompt.request.prompt_token_ids) for prompt in prompts]
-        streams = [self.session.answer(self._limited(prompt)) for prompt in prompts]
+        streams = [self.session.answer(prompt) for prompt in prompts]
         answers = [AnswerRecord() for _ in streams]
         record.answers += answers
         reports = self._cache_reports(record, prompts)
@@ -180,11 +192,12 @@ class Service:
         for report in record.cache_reports:
             self.cache_ledger.close(report)
 
-    def _limited(self, prompt: Prompt) -> Prompt:
-        limit, sampling = self.settings.max_output_tokens, prompt.request.sampling
-        if limit is None or (sampling.max_tokens is not None and sampling.max_tokens <= limit):
-            return prompt
-        return replace(prompt, request=replace(prompt.request, sampling=replace(sampling, max_tokens=limit)))
+    def _limited(self, prompt: Prompt, scheduling: Scheduling) -> Prompt:
+        request = scheduling.of(prompt.request, self.settings)
+        limit, sampling = self.settings.max_output_tokens, request.sampling
+        if limit is not None and (sampling.max_tokens is None or sampling.max_tokens > limit):
+            request = replace(request, sampling=replace(sampling, max_tokens=limit))
+        return replace(prompt, request=request)
 
     async def _measured(
         self, stream: AsyncGenerator[StreamItem], answer: AnswerRecord, report: CacheReport
@@ -208,7 +221,7 @@ class Service:
                             self.metrics.token_seconds.observe((now - last_at) / num_tokens)
                         last_at = self.health.proven_at = now
                     elif isinstance(item, Finish):
-                        answer.finish_reason = item.reason
+                        answer.finish_reason = "deadline" if answer.usage.deadline_reached else item.reason
                     yield item
         except StepflashError:
             answer.finish_reason = "error"
@@ -216,6 +229,8 @@ class Service:
         finally:
             self.metrics.running_answers.dec()
             self.cache_ledger.close(report)
+            if self.closing.is_over and answer.finish_reason == "disconnect":
+                answer.finish_reason = "abort"
             answer.seconds = time.monotonic() - started
 
     async def unless_gone(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -223,8 +238,9 @@ class Service:
 
         Raises:
             ClientGone: the client went first; the work was cancelled.
+            ServerClosing: so was the work because the server's time is over.
         """
-        return await unless_disconnected(request.receive, work)
+        return await unless_disconnected(request.receive, work, self.closing)
 
     def event_stream(
         self,
@@ -257,4 +273,9 @@ class Service:
             if last_frame:
                 yield last_frame
 
-        return EventStream(all_frames(), keep_alive, self.settings.send_seconds)
+        def last_words() -> bytes:
+            error = self.closing.error()
+            record.outcome = 503
+            return error_frame(error) + last_frame
+
+        return EventStream(all_frames(), self.closing, last_words, keep_alive, self.settings.send_seconds)

@@ -2,12 +2,14 @@
 
 A streamed reply is an async generator of complete frames. Whatever ends the reply (its last frame, an
 exception, a client that disconnects) closes the generator, and closing it aborts the engine's request.
-While nothing is sent for some seconds, a `KeepAlive` frame keeps proxies and clients from giving up.
+While nothing is sent for some seconds, a `KeepAlive` frame keeps proxies and clients from giving up. When the
+server's time is over, the last words of the stream say so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -17,6 +19,9 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
+
+from stepflash.errors import ServerClosing
+from stepflash.server.closing import Closing
 
 DONE = b"data: [DONE]\n\n"
 
@@ -53,14 +58,20 @@ class EventStream(Response):
     def __init__(
         self,
         frames: AsyncGenerator[bytes],
+        closing: Closing,
+        last_words: Callable[[], bytes],
         keep_alive: KeepAlive = COMMENTS,
         send_seconds: float | None = None,
     ) -> None:
-        """`send_seconds`: a client that takes nothing for so long is taken to be gone."""
+        """`last_words` make the frames that end the stream when `closing` does. `send_seconds`: a client that takes
+        nothing for so long is taken to be gone."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._send_seconds = send_seconds
         del self.headers["content-length"]
         self._frames = frames
+        self._closing = closing
+        self._last_words = last_words
+        self._is_started = False
         self._keep_alive = keep_alive
         self._sent_at = 0.0
 
@@ -73,12 +84,20 @@ class EventStream(Response):
                 raise ClientGone from None
 
         try:
-            await unless_disconnected(receive, self._send_all(send_in_time))
+            await unless_disconnected(receive, self._send_all(send_in_time), self._closing)
         except ClientGone:
             return
+        except ServerClosing:
+            if not self._is_started:
+                raise
+            with contextlib.suppress(ClientGone):
+                await send_in_time(
+                    {"type": "http.response.body", "body": self._last_words(), "more_body": False}
+                )
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._is_started = True
         self._sent_at = time.monotonic()
         keep_alive = asyncio.create_task(self._send_when_silent(send))
         try:
@@ -105,18 +124,24 @@ class EventStream(Response):
             self._sent_at = time.monotonic()
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client disconnects.
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], closing: Closing) -> T:
+    """The result of `work`, which is cancelled as soon as the client disconnects or the server's time is over.
 
-    The request's body must have been read. Raises ClientGone when the client went first.
+    The request's body must have been read.
+
+    Raises:
+        ClientGone: the client went first.
+        ServerClosing: the time was over first.
     """
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        with closing.notice() as is_over:
+            awaited: set[asyncio.Future[Any]] = {working, watching, is_over}
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        raise closing.error() if is_over.done() else ClientGone
     finally:
         for task in (working, watching):
             task.cancel()

@@ -370,6 +370,30 @@ def test_sglang_without_deterministic_inference_follows_no_seed(new_core: Callab
     assert server.bodies == []
 
 
+@pytest.mark.parametrize(("low_first", "sent"), [(True, 3), (False, -3)])
+def test_a_priority_means_there_what_it_means_here(stand_in: StandIn, low_first: bool, sent: int) -> None:
+    """vLLM runs the lowest first, SGLang the highest unless it was told otherwise."""
+    stand_in.has_priorities, stand_in.runs_low_priorities_first = True, low_first
+    requests = [
+        Request(request_id=f"r{priority}", prompt_token_ids=PROMPT, sampling=greedy(), priority=priority)
+        for priority in (3, 0)
+    ]
+    for outputs in remote(stand_in, *requests):
+        assert len(tokens(outputs)) == 24
+    found = {body.get("rid", body.get("request_id"))[:2]: body.get("priority") for body in stand_in.bodies}
+    if stand_in.kind == "vllm":
+        assert found == {"r3": 3, "r0": None}
+    else:
+        assert found == {"r3": sent, "r0": 0}
+
+
+def test_a_priority_that_the_upstream_has_not_is_refused(stand_in: StandIn) -> None:
+    request = Request(request_id="r", prompt_token_ids=PROMPT, sampling=greedy(), priority=3)
+    (error,) = remote(stand_in, request)
+    assert isinstance(error, RequestError)
+    assert "priority" in str(error).lower()
+
+
 def test_gauges_of_the_upstream(stand_in: StandIn) -> None:
     async def run() -> Any:
         engine = RemoteEngine(connect(stand_in.url), eos_token_ids=frozenset(), vocab_size=VOCAB)

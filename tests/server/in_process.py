@@ -30,7 +30,10 @@ class Client:
 
     async def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self._app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with (
+            self._app.router.lifespan_context(self._app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
             return await client.request(method, path, **options)
 
 
