@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import traceback
@@ -258,6 +259,8 @@ def _add_limits(parser: argparse.ArgumentParser, server: ServerSettings) -> None
 
 
 def _server_settings(args: argparse.Namespace) -> ServerSettings:
+    if not 0 < args.max_body_mb < math.inf:
+        raise UsageError(f"--max-body-mb must be above 0, got {args.max_body_mb:g}")
     keys = (*args.api_key, *filter(None, [os.environ.get("STEPFLASH_API_KEY")]))
     if args.api_key_file is not None:
         from stepflash.server.keys import read_key_file

@@ -192,6 +192,7 @@ BAD_USAGE: list[tuple[list[str], str]] = [
     (["generate", str(MICRO), "--prompt", "word " * 5000], "prompt is too long"),
     (["serve", str(MICRO), "--port", "99999"], "port"),
     (["serve", str(MICRO), "--api-key", ""], "api_key"),
+    (["serve", str(MICRO), "--max-body-mb", "nan"], "--max-body-mb"),
     (["serve", str(MICRO), "--host", "no.such.host.invalid"], "cannot listen"),
 ]
 

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from stepflash.errors import ConfigError
 from stepflash.server.closing import Closing
+from stepflash.server.connections import connection_class, raise_file_limit
 from stepflash.settings import ServerSettings
 
 LAST_WORDS_SECONDS = 3  # for the errors to reach clients that read, before connections are cut
@@ -65,6 +66,7 @@ def run_server(app: FastAPI, listener: socket.socket, settings: ServerSettings, 
     shown_host = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
+        http=connection_class(raise_file_limit()),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -108,12 +108,16 @@ class Service:
         """
         limit = self.settings.max_body_bytes
         raw = bytearray()
+        too_large = HTTPException(413, f"the body is larger than {limit} bytes")
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit:
+            raise too_large
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 async for piece in request.stream():
                     raw += piece
                     if len(raw) > limit:
-                        raise HTTPException(413, f"the body is larger than {limit} bytes")
+                        raise too_large
         except TimeoutError:
             seconds = self.settings.body_seconds
             raise HTTPException(408, f"the body did not come within {seconds:g} seconds") from None

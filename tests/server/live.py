@@ -15,10 +15,11 @@ from stepflash.settings import ServerSettings
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address of an application that is served until the block ends."""
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """The address of an application that is served until the block ends; `options` are uvicorn's."""
     with listen(ServerSettings(port=0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        options = {"log_level": "warning", "timeout_graceful_shutdown": 1, **options}
+        server = uvicorn.Server(uvicorn.Config(app, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 30
