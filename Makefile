@@ -58,7 +58,7 @@ test-clients: $(VENV)/.development  ## Claude Code, Codex, opencode, claude-code
 		PATH="$(CLIENTS)/node_modules/.bin:$$PATH" npm install --prefix $(CLIENTS) --no-fund --no-audit --loglevel=error $$package \
 			|| echo "$$package cannot be installed here; its tests will be skipped"; \
 	done
-	STEPFLASH_CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -rs -m client
+	STEPFLASH_CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest -rs -m client --ignore tests/interop
 
 test-page: $(VENV)/.development  ## the chat page in headless Chromium (Debian: apt-get install chromium)
 	$(PIP) playwright

@@ -145,7 +145,11 @@ def main() -> None:
     try:
         if pipe(engine.stdout).readline().strip() != "ready":
             raise StepflashError("the engine did not start")
-        port = int(pipe(server.stderr).readline().rsplit(":", 1)[1])
+        # A warning may come first, as that a quantised model has no receipt.
+        line = next((line for line in pipe(server.stderr) if "serving" in line), None)
+        if line is None:
+            raise StepflashError("the server did not start")
+        port = int(line.rsplit(":", 1)[1])
         seconds: dict[str, list[float]] = {"engine": [], "server": []}
         for _ in range(args.rounds + 1):
             pipe(engine.stdin).write("\n")
