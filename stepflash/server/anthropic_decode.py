@@ -142,8 +142,8 @@ def _given_text(message: Message) -> str:
 
 def _thinking(body: MessagesBody, last: Message) -> Thinking:
     """What may be thought; without the field nothing."""
-    thinking, config = body.thinking or {"type": "disabled"}, body.output_config or {}
-    kind = thinking.get("type")
+    config = body.output_config or {}
+    kind = "disabled" if body.thinking is None else body.thinking.get("type")
     if kind not in ("enabled", "adaptive", "disabled", "between_tools"):
         raise RequestError(
             f"thinking.type: {kind!r} is not one of enabled, adaptive, between_tools, disabled",
@@ -160,10 +160,12 @@ def _thinking(body: MessagesBody, last: Message) -> Thinking:
 def _within_budget(thinking: Thinking, budget: Any) -> Thinking:
     """A budget of the task counts all of its tokens; what can be kept of it is that the thoughts fit in. `remaining`
     is what is left of it for this answer, `total` is for all since the last message of the user."""
-    given = budget if isinstance(budget, Mapping) else {}
+    if not isinstance(budget, Mapping):
+        param = "output_config.task_budget"
+        raise RequestError(f"{param}: must be an object with a total", param=param)
     limits: dict[str, int | None] = {}
     for name in ("total", "remaining"):
-        value = limits[name] = given.get(name)
+        value = limits[name] = budget.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             param = f"output_config.task_budget.{name}"
             raise RequestError(f"{param}: must be a whole number, 0 or more, got {value!r}", param=param)
@@ -190,7 +192,7 @@ def _apply_tool_choice(
     body: MessagesBody, conversation: Conversation, deferred: tuple[Tool, ...]
 ) -> tuple[Conversation, tuple[Tool, ...], CallRules]:
     """The conversation with the tools to offer, those that wait, and what is demanded of them."""
-    choice = body.tool_choice or {"type": "auto"}
+    choice = {"type": "auto"} if body.tool_choice is None else body.tool_choice
     is_single = choice.get("disable_parallel_tool_use") is True
     tools = (*conversation.tools, *deferred)
     match choice.get("type"):

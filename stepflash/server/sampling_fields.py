@@ -108,6 +108,8 @@ def sampling_params(body: SamplingBody, defaults: SamplingParams, **named: tuple
         given["top_k"] = 0
     if body.seed is not None and not MIN_SEED <= body.seed <= MAX_SEED:
         raise RequestError(f"seed must fit in 63 bits and a sign, got {body.seed}", param="seed")
+    if (wrong := next((token_id for token_id in given["stop_token_ids"] if token_id < 0), None)) is not None:
+        raise RequestError(f"stop_token_ids: {wrong} is not a token id", param="stop_token_ids")
     try:
         return replace(defaults, **{name: value for name, value in given.items() if value is not None})
     except RequestError as error:

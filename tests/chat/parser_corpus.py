@@ -202,6 +202,13 @@ CALLS = {
         ("types", {"i": "4.5", "n": "nan", "b": False, "o": "{broken", "a": "[1", "l": "[x"}, False),
     ),
     "integral number": answer(call("types", ("n", "3.0")), None, ("types", {"n": 3}, False)),
+    "spellings of numbers": answer(
+        call("types", ("n", "1e3"), ("i", "+7"), ("b", "FALSE"))
+        + call("types", ("n", "-0.5"), ("i", "007"), ("a", "[]"), ("o", "{}")),
+        None,
+        ("types", {"n": 1000, "i": 7, "b": False}, False),
+        ("types", {"n": -0.5, "i": 7, "a": [], "o": {}}, False),
+    ),
     "null, any case, any type": answer(
         call("types", ("s", "NULL"), ("i", "Null"), ("l", "null")),
         None,
@@ -357,6 +364,10 @@ MENDED = {
         "hm",
         calls=(("weather", {"city": "Dallas"}, True),),
         reason="length",
+    ),
+    "an opening tag and no call behind it": answer(f"{CLOCK}<tool_call><", None, CLOCK_CALL),
+    "an opening tag and no call behind it, cut": Case(
+        f"hm</think>{CLOCK}\n<tool_call>\n<", "hm", calls=(CLOCK_CALL,), reason="length"
     ),
     "cut inside the function's tag": Case(
         "hm</think>So:<tool_call>\n<function=wea", "hm", "So:", reason="length"

@@ -426,6 +426,38 @@ def test_harmless_fields_are_accepted(body: dict[str, Any]) -> None:
     assert tokens_of(**body)[-4:] == tokens_of(thinking=body.get("thinking", ...))[-4:]
 
 
+def test_documents_of_text_search_results_and_examples_are_read() -> None:
+    source = {"type": "text", "media_type": "text/plain", "data": "Rain."}
+    found = {
+        "type": "search_result",
+        "title": "T",
+        "source": "s",
+        "content": [{"type": "text", "text": "Sun."}],
+    }
+    blocks = [{"type": "document", "title": "News", "source": source}, found]
+    assert "user\nNews\n\nRain.\n\nT\n\ns\n\nSun.<|im_end|>" in prompt_of(
+        messages=[{"role": "user", "content": blocks}]
+    )
+    examples = [{"city": "Oslo"}]
+    assert '"examples": [{"city": "Oslo"}]' in prompt_of(tools=[{**WEATHER, "input_examples": examples}])
+
+
+def test_thoughts_between_tools_and_within_a_budget_of_the_task() -> None:
+    between = {"type": "between_tools"}
+    call = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "rain"}
+    turns = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert prompt_of(thinking=between).endswith("<think>\n\n</think>\n")
+    assert prompt_of(thinking=between, messages=turns).endswith("<think>\n")
+    for budget, limit in (({"total": 9}, 9), ({"total": 9, "remaining": 4}, 4)):
+        session = scripted_session(ANSWER)
+        config = {"task_budget": {"type": "tokens", **budget}}
+        post(session, thinking={"type": "adaptive"}, output_config=config)
+        found_limit = limit_of(engine_of(session).requests[0].constraint)
+        assert found_limit is not None
+        assert found_limit.budget == limit
+
+
 ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "claude-sonnet-4-5"}, 404, "claude-sonnet-4-5"),
     ({"max_tokens": ...}, 400, "max_tokens"),
@@ -465,6 +497,21 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"output_config": {"format": {"type": "json_schema"}}}, 400, "output_config.format.schema"),
     ({"output_config": {"effort": "huge"}}, 400, "output_config.effort"),
     ({"mcp_servers": [{"name": "x"}]}, 400, "mcp_servers"),
+    ({"thinking": {}}, 400, "thinking.type"),
+    ({"tool_choice": {}}, 400, "tool_choice.type"),
+    ({"output_config": {"task_budget": 5}}, 400, "output_config.task_budget"),
+    ({"output_config": {"task_budget": {"type": "tokens", "total": -1}}}, 400, "task_budget.total"),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "edits.0"),
+    ({"context_management": {"edits": 5}}, 400, "edits.0"),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "tools.0.type"),
+    ({"tools": [{**WEATHER, "allowed_callers": ["code_execution"]}]}, 400, "tools.0.allowed_callers"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "text"}}]}]},
+        400,
+        "messages.0.content.0.source",
+    ),
+    ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
+    ({"logit_bias": {"1" * 5000: 1}}, 400, "logit_bias"),
     ({"container": "x"}, 400, "container"),
 ]
 TYPES = {400: "invalid_request_error", 404: "not_found_error"}
