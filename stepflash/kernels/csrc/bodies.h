@@ -43,4 +43,7 @@ void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan,
 // to wait until the others have prepared their share.
 constexpr int64_t REPEAT_BELOW = 4096;
 
+// Bytes of weights up to which a phase of one token is over too soon to be balanced, see Team::share.
+constexpr int64_t SMALL_PHASE = 512 << 10;
+
 }  // namespace SF_ISA

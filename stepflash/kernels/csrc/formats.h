@@ -41,6 +41,8 @@ constexpr FormatInfo FORMATS[NUM_FORMATS] = {
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t padded_k(int64_t format, int64_t k) { return round_up(k, FORMATS[format].k_block); }
+// How much of a padded row the tiles read: the padding of fp8's blocks of 128 is left out.
+inline int64_t read_k(int64_t format, int64_t k) { return format == FP8 ? round_up(k, 16) : padded_k(format, k); }
 inline int64_t num_panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
 
 inline int64_t panel_bytes(int64_t format, int64_t k) {
@@ -92,9 +94,9 @@ struct Packed {
   int64_t bytes() const { return panels() * panel_stride; }
 };
 
-// out[t][row] = sum over k of panel[row][k] * token[t][k], for 1 <= num_tokens <= MAX_TILE; bitwise the same
-// for a token whatever its companions are.
-using Tile = void (*)(const uint8_t* panel, int64_t k_padded, const Record& record, const uint8_t* const* tokens,
+// out[t][row] = sum over k < read_k of panel[row][k] * token[t][k], for 1 <= num_tokens <= MAX_TILE; bitwise the
+// same for a token whatever its companions are.
+using Tile = void (*)(const uint8_t* panel, int64_t read_k, const Record& record, const uint8_t* const* tokens,
                       int num_tokens, float* out);
 
 }  // namespace stepflash

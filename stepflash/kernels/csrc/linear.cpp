@@ -27,7 +27,8 @@ struct LinearPlan {
   Records records;
   int kind_of[8];
   int64_t first_panel[9] = {0}, panels, per_item;
-  bool repeats;  // every thread prepares all records for itself
+  bool repeats;   // every thread prepares all records for itself
+  bool is_small;  // see Team::share
 
   explicit LinearPlan(const LinearArgs& args) {
     int64_t widest = 0;
@@ -39,6 +40,7 @@ struct LinearPlan {
     }
     panels = first_panel[args.num_weights];
     repeats = args.num_threads > 1 && args.num_tokens * args.k <= REPEAT_BELOW;
+    is_small = repeats && panels * widest <= SMALL_PHASE;
     // Few tokens: small items, for balance. Many: as many panels as stay in the L2 cache with the token tile.
     per_item = panels / (args.num_threads * 8);
     const int64_t fit = (384 << 10) / widest;
@@ -90,13 +92,13 @@ void linear(Team& team, const LinearArgs& args, uint8_t* scratch) {
         const Record& record = plan.records.layouts[plan.kind_of[w]];
         for (int i = 0; i < m; ++i) tokens[i] = base + plan.records.offsets[plan.kind_of[w]] + (t + i) * record.bytes;
         const int64_t panel = p - plan.first_panel[w], row0 = panel * PANEL;
-        TILES[weight.format](weight.panel(panel), padded_k(weight.format, args.k), record, tokens, m, out);
+        TILES[weight.format](weight.panel(panel), read_k(weight.format, args.k), record, tokens, m, out);
         const int64_t rows = weight.n - row0 < PANEL ? weight.n - row0 : PANEL;
         for (int i = 0; i < m; ++i) store_row(args.outs[w], args.residuals[w], t + i, row0, rows, out + i * PANEL);
       }
       t += m;
     }
-  });
+  }, plan.is_small);
 }
 
 void linear(const LinearArgs& args) {

@@ -83,13 +83,13 @@ struct Expert {
   Expert(const Packed& gate, const Packed& up, const Packed& down, float limit)
       : gate(gate), up(up), down(down), limit(limit), in(gate.format, gate.k), hidden(down.format, down.k) {
     chunk = std::max<int64_t>(64, FORMATS[down.format].group);
-    chunks = (padded_k(down.format, down.k) + chunk - 1) / chunk;
+    chunks = (read_k(down.format, down.k) + chunk - 1) / chunk;
   }
 
   // Hidden units [index * chunk, ...) of expert e for a list of tokens, written into their hidden records.
   void gate_up(int64_t e, int64_t index, const uint8_t* const* tokens, uint8_t* const* hidden_records, int64_t count) const {
-    const int64_t begin = index * chunk, end = std::min(begin + chunk, padded_k(down.format, down.k));
-    const int64_t k = padded_k(gate.format, gate.k);
+    const int64_t begin = index * chunk, end = std::min(begin + chunk, read_k(down.format, down.k));
+    const int64_t k = read_k(gate.format, gate.k);
     const uint8_t *gates = gate.data + e * gate.bytes(), *ups = up.data + e * up.bytes();
     // Beyond the last hidden unit lies the padding of down's k.
     const int64_t last = std::max(begin, std::min(end, gate.panels() * PANEL));
@@ -114,7 +114,7 @@ struct Expert {
   // outputs[token][rows of the panels] = down(hidden) for a list of tokens.
   void down_rows(int64_t e, int64_t panel_begin, int64_t panel_end, const uint8_t* const* hidden_records, int64_t count,
                  float* outputs, int64_t stride) const {
-    const int64_t k = padded_k(down.format, down.k);
+    const int64_t k = read_k(down.format, down.k);
     float tile[MAX_TILE * PANEL];
     for (int64_t t = 0; t < count;) {
       const int m = tile_tokens(count - t);
@@ -130,7 +130,7 @@ struct Expert {
   void add_down(int64_t e, int64_t panel_begin, int64_t panel_end, const uint8_t* const* hidden_records,
                 const int32_t* token_ids, const float* weights, int64_t count, float* sums, int64_t stride) const {
     const uint8_t* downs = down.data + e * down.bytes();
-    const int64_t k = padded_k(down.format, down.k);
+    const int64_t k = read_k(down.format, down.k);
     float out[MAX_TILE * PANEL];
     for (int64_t t = 0; t < count;) {
       const int m = tile_tokens(count - t);
@@ -169,7 +169,7 @@ void route(const RouteArgs& args) {
 // when tokens are few, `shared` what the team makes together.
 struct MoePlan {
   int64_t tokens, hidden, experts, top_k, slots, x_stride, sum_stride;
-  bool has_routed, has_shared, same_in, few, repeats, repeats_scores;
+  bool has_routed, has_shared, same_in, few, repeats, repeats_scores, is_small;
   Expert routed, shared;
   Layout own_layout, shared_layout;
   int64_t x, routed_in, shared_in, ids, weights, slot_token, slot_weight, inputs, hidden_records, start, active;  // prepared
@@ -186,6 +186,7 @@ struct MoePlan {
     few = tokens <= FEW_TOKENS && (has_routed ? routed : shared).down.bytes() > LARGE_EXPERT;
     repeats = args.num_threads > 1 && tokens <= FEW_TOKENS && tokens * hidden <= REPEAT_BELOW;
     repeats_scores = repeats && tokens * hidden * experts <= 4 * REPEAT_BELOW;
+    is_small = repeats && tokens == 1 && (top_k + 1) * (has_routed ? routed : shared).down.bytes() <= SMALL_PHASE;
     same_in = has_routed && has_shared && record_key(args.gate.format) == record_key(args.shared_gate.format);
     Layout& prepared = repeats ? own_layout : shared_layout;
     x = prepared.add(tokens * x_stride * 4);
@@ -296,7 +297,7 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     if (a >= *num_active) return;
     const int64_t e = active[a], first = start[e];
     p.routed.gate_up(e, (item - shared_items) % p.routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
-  });
+  }, p.is_small);
   constexpr int64_t PER_ITEM = 4;  // panels
   const int64_t panels = num_panels(p.hidden), groups = (panels + PER_ITEM - 1) / PER_ITEM;
   float *sums = (float*)(scratch + p.sums), *parts = (float*)(scratch + p.parts);

@@ -80,7 +80,7 @@ void rope_and_write(Team& team, const RopeArgs& rope, const CacheWriteArgs& writ
       if (write.slots[t] < 0) continue;
       for (const bool is_value : {false, true}) write_token_head(write, is_value, t, h);
     }
-  });
+  }, rope.num_tokens < 8);
 }
 
 }  // namespace SF_ISA

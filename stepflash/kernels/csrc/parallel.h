@@ -14,8 +14,9 @@ class Team {
   Team(int thread, Job* job) : thread(thread), num_threads(job ? job->num_threads : 1), job_(job) {}
 
   // Calls item(i) for every i in [0, count), on whichever thread is free next; returns when all are done.
+  // is_small: the items cost alike and so little that to share them evenly at once beats to balance them.
   template <class Item>
-  void share(int64_t count, Item item) {
+  void share(int64_t count, Item item, bool is_small = false) {
     if (job_ == nullptr) {
       for (int64_t i = 0; i < count; ++i) item(i);
       return;
@@ -25,7 +26,8 @@ class Team {
     int64_t number = job_->next.load(std::memory_order_acquire), num_done = 0;
     while (number < end) {
       // Half of a fair share at once: the counters are shared, and an item may be as short as a look at them.
-      const int64_t left = end - number, taken = left > 2 * num_threads ? left / (2 * num_threads) : 1;
+      const int64_t left = end - number, half = left / (2 * num_threads);
+      const int64_t taken = is_small ? (left + num_threads - 1) / num_threads : half > 1 ? half : 1;
       if (!job_->next.compare_exchange_weak(number, number + taken, std::memory_order_acq_rel)) continue;
       for (int64_t i = number; i < number + taken; ++i) item(i - base);
       num_done += taken;

@@ -8,8 +8,9 @@ namespace SF_ISA {
 using namespace stepflash;
 
 // NOTE: software prefetch only where it was measured to pay (see int_tile): hints close to the stream cost a
-// quarter of the bandwidth, because they hold the few buffers that the hardware prefetcher needs.
-SF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// quarter of the bandwidth, because they hold the few buffers that the hardware prefetcher needs. Weights are read
+// once a token, so the hint keeps them out of the L2 cache.
+SF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 SF_INLINE vi broadcast4(const void* p) {  // the same four bytes in every lane
   int32_t bytes;

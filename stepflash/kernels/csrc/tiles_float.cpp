@@ -73,19 +73,19 @@ static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_
   static const Fp8Decoder decode_table;
   const Fp8Decoder decode = decode_table;  // in registers
   const float* scales = (const float*)panel;
-  panel += round_up(k / 128 * 4, 64);
+  panel += round_up(padded_k(FP8, k) / 128 * 4, 64);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k; block += 128) {
     vf acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
-    for (int half = 0; half < 128; half += 16) {
+    for (int64_t part = block; part < block + 128 && part < k; part += 16) {
 #pragma GCC unroll 8
       for (int pair = 0; pair < 8; ++pair) {
         vi w0, w1;
         decode(panel + pair * 64, w0, w1);
         for (int m = 0; m < M; ++m) {
-          const vi x = broadcast4(tokens[m] + (block + half) * 2 + pair * 4);
+          const vi x = broadcast4(tokens[m] + part * 2 + pair * 4);
           acc[m][0] = dot2(acc[m][0], w0, x);
           acc[m][1] = dot2(acc[m][1], w1, x);
         }
