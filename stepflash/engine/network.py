@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepflash.engine.attend import PagedAttention
-from stepflash.engine.batch import TokenBatch
+from stepflash.engine.batch import Span, build_batch
 from stepflash.engine.kv_cache import KVCache
 from stepflash.kernels import build
 from stepflash.model.config import RopeConfig
@@ -28,32 +28,32 @@ from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTP
 class Pass:
     """hidden_states [num_tokens, hidden_size] before the final norm; logits [num_rows, vocab_size] float32.
 
-    `greedy`: the best token below the vocabulary limit and its logit, [num_rows] each, where they come for free.
+    `greedy`: each row's best token below the vocabulary limit and its logit, where they come for free.
     """
 
     hidden_states: Tensor
     logits: Tensor
-    greedy: tuple[Tensor, Tensor] | None = None
+    greedy: tuple[list[int], list[float]] | None = None
 
 
 class Network(Protocol):
-    """What the engine runs. `rows` are the tokens of the batch whose logits are wanted, ascending."""
+    """What the engine runs. `rows` are the tokens of all spans, end to end, whose logits are wanted; ascending."""
 
-    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass: ...
+    def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass: ...
 
-    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
+    def module(self, module: int, spans: Sequence[Span], previous: Tensor, rows: Sequence[int]) -> Pass:
         """MTP module 1, 2 or 3; `previous` [num_tokens, hidden_size] is what the one before it left."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """What all modules in a row left, by module: rows read, hidden states; by job: drafts and their logits."""
+    """What all modules in a row left, by module: rows read and hidden states, then each job's draft and its logit."""
 
     rows: Sequence[Tensor]
     hidden_states: Sequence[Tensor]
-    token_ids: list[list[int]]
-    logits: list[list[float]]
+    token_ids: list[int]
+    logits: list[float]
 
 
 class ModelNetwork:
@@ -63,12 +63,14 @@ class ModelNetwork:
         self._model = model
         self._cache = cache
 
-    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass:
+    def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass:
+        batch = build_batch(self._cache, spans)
         hidden_states = self._model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch))
         chosen = _select(hidden_states, rows)
         return Pass(hidden_states, self._model.compute_logits(chosen) if rows else _no_logits(hidden_states))
 
-    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
+    def module(self, module: int, spans: Sequence[Span], previous: Tensor, rows: Sequence[int]) -> Pass:
+        batch = build_batch(self._cache, spans, shift=module)
         attend = PagedAttention(self._cache, batch)
         hidden_states = self._model.mtp_forward(module, batch.input_ids, previous, batch.positions, attend)
         if not rows:
@@ -96,15 +98,15 @@ class NativeNetwork:
             self._passes.append(native)
         for native, following in pairwise(self._passes[1:]):
             native.set_next(following)
-        # Row views of the block tables, which never move.
-        self._tables = [torch.from_numpy(table) for table in cache.tables]
-        self._block_size = cache.block_size
+        tables = [torch.from_numpy(table) for table in cache.tables]
+        for native in self._passes:
+            native.set_tables(*tables, cache.block_size)
 
-    def trunk(self, batch: TokenBatch, rows: Sequence[int]) -> Pass:
-        return self._run(0, batch, None, rows)
+    def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass:
+        return self._run(0, spans, None, rows)
 
-    def module(self, module: int, batch: TokenBatch, previous: Tensor, rows: Sequence[int]) -> Pass:
-        return self._run(module, batch, previous, rows)
+    def module(self, module: int, spans: Sequence[Span], previous: Tensor, rows: Sequence[int]) -> Pass:
+        return self._run(module, spans, previous, rows)
 
     def draft(
         self,
@@ -119,21 +121,25 @@ class NativeNetwork:
         """All modules in a row, each drafting greedily for every job; see `Network::draft` in csrc/bindings.cpp."""
         offsets = [0, *accumulate(map(len, token_ids))][:-1]
         flat = token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids))
-        rows, left, drafts, logits = self._passes[1].draft(
-            hidden_states, pending, starts, flat, offsets, first_slots, num_known, table_rows, *self._tables,
-            self._block_size,
-        )  # fmt: skip
-        return Drafts(rows, left, drafts.tolist(), logits.tolist())
-
-    def _run(self, module: int, batch: TokenBatch, previous: Tensor | None, rows: Sequence[int]) -> Pass:
-        hidden_states, logits, best, best_logit = self._passes[module].run(
-            batch.per_token,
-            batch.per_sequence,
-            *batch.block_tables,
-            previous,
-            torch.tensor(rows, dtype=torch.long),
+        done = self._passes[1].draft(
+            hidden_states, pending, starts, flat, offsets, first_slots, num_known, table_rows
         )
-        return Pass(hidden_states, logits, (best, best_logit))
+        return Drafts(*done)
+
+    def _run(self, module: int, spans: Sequence[Span], previous: Tensor | None, rows: Sequence[int]) -> Pass:
+        if len(spans) == 1:
+            (span,) = spans
+            token_ids = span.token_ids
+            where = [len(token_ids)], [span.start], [span.blocks.row]
+        else:
+            token_ids = [i for span in spans for i in span.token_ids]
+            where = (
+                [len(span.token_ids) for span in spans],
+                [span.start for span in spans],
+                [span.blocks.row for span in spans],
+            )
+        hidden_states, logits, *greedy = self._passes[module].run(token_ids, *where, module, previous, rows)
+        return Pass(hidden_states, logits, greedy)
 
 
 def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:

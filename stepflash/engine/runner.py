@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.batch import Span
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import make_network
 from stepflash.engine.request import TokenLogprob
@@ -67,15 +68,15 @@ class Runner:
             )
             for item in plan
         ]
-        batch = build_batch(self.cache, spans)
+        bounds = [0, *accumulate(len(span.token_ids) for span in spans)]
         rows: list[Row] = []
         row_indices: list[int] = []
         for i, item in enumerate(plan):
             if item.is_sampled:
                 rows += rows_to_verify(item.seq, item.drafts, self.sampler)
-                end = batch.bounds[i + 1]
+                end = bounds[i + 1]
                 row_indices += range(end - len(item.drafts) - 1, end)
-        done = self.network.trunk(batch, row_indices)
+        done = self.network.trunk(spans, row_indices)
         hidden_states = done.hidden_states
         chosen: list[int] = []
         logprobs: list[TokenLogprob | None] = []
@@ -86,7 +87,7 @@ class Runner:
             chosen, logprobs = choice.token_ids, choice.logprobs
         results, row = [], 0
         for i, item in enumerate(plan):
-            start, end = batch.bounds[i], batch.bounds[i + 1]
+            start, end = bounds[i], bounds[i + 1]
             if not item.is_sampled:
                 results.append(TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end]))
                 continue

@@ -110,7 +110,7 @@ class Sampler:
         return state
 
     def choose(
-        self, logits: Tensor, rows: Sequence[Row], greedy: tuple[Tensor, Tensor] | None = None
+        self, logits: Tensor, rows: Sequence[Row], greedy: tuple[list[int], list[float]] | None = None
     ) -> Choice:
         """Choose one token per row.
 
@@ -128,8 +128,8 @@ class Sampler:
                 _apply(logits[i], rows[i])
         sampled = [i for i, row in enumerate(rows) if row.state.params.temperature >= GREEDY_BELOW]
         if not sampled and not changed and greedy is not None:
-            chosen, best = greedy
-        elif not sampled:
+            return _choice(raw, rows, *greedy)
+        if not sampled:
             best, chosen = logits.max(dim=-1)
         else:
             # The largest logit of a row tells whether the row is usable; noise must not hide that.
@@ -139,12 +139,7 @@ class Sampler:
                 if len(sampled) == len(rows)
                 else self._choose_mixed(logits, rows, sampled)
             )
-        token_ids: list[int] = chosen.tolist()
-        return Choice(
-            token_ids,
-            [math.isfinite(value) for value in best.tolist()],
-            [_logprob(raw[i], token_ids[i], row.logprobs) for i, row in enumerate(rows)],
-        )
+        return _choice(raw, rows, chosen.tolist(), best.tolist())
 
     def _choose_mixed(self, logits: Tensor, rows: Sequence[Row], sampled: list[int]) -> Tensor:
         chosen = logits.argmax(dim=-1)
@@ -234,6 +229,17 @@ def _nucleus_threshold(scaled: Tensor, top_p: Tensor) -> Tensor:
     return values.gather(-1, size - 1)
 
 
+def _choice(raw: Tensor, rows: Sequence[Row], token_ids: list[int], best: list[float]) -> Choice:
+    return Choice(
+        token_ids,
+        [math.isfinite(value) for value in best],
+        [
+            None if row.logprobs is None else _logprob(raw[i], token_ids[i], row.logprobs)
+            for i, row in enumerate(rows)
+        ],
+    )
+
+
 def _apply(logits: Tensor, row: Row) -> None:
     """Penalties as in the OpenAI and CTRL definitions, bias, then the mask; in place on [vocab_limit]."""
     state, params = row.state, row.state.params
@@ -254,9 +260,7 @@ def _apply(logits: Tensor, row: Row) -> None:
         logits.masked_fill_(~row.allowed, float("-inf"))
 
 
-def _logprob(logits: Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:
-    if num_top is None:
-        return None
+def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
     logprobs = logits.log_softmax(-1)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:

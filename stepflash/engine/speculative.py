@@ -16,12 +16,13 @@ import math
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.batch import Span
 from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import NativeNetwork, Network, Pass
@@ -231,9 +232,9 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
                 job.mtp.pending[k] = _exact_rows(work, start, start)
             work.feeds.append((start, None))
         for k in modules:
-            if not math.isfinite(done.logits[k][j]):
+            if not math.isfinite(done.logits[k * len(jobs) + j]):
                 break
-            job.drafts.append(done.token_ids[k][j])
+            job.drafts.append(done.token_ids[k * len(jobs) + j])
             if job.drafts[-1] in seq.stop_ids:  # nothing follows a stop token
                 break
         works.append(work)
@@ -275,10 +276,10 @@ def _run_module(
             active.append(work)
     outputs: list[Tensor] = []
     if active:
-        batch = build_batch(cache, spans, shift=module)
+        ends = list(accumulate(work.num_tokens for work in active))
         drafting = [i for i, work in enumerate(active) if work.depth >= module]
         previous = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        done = network.module(module, batch, previous, [batch.bounds[i + 1] - 1 for i in drafting])
+        done = network.module(module, spans, previous, [ends[i] - 1 for i in drafting])
         counts = [work.num_tokens for work in active]
         outputs = [done.hidden_states] if len(counts) == 1 else list(torch.split(done.hidden_states, counts))
         if drafting:

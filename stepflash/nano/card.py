@@ -39,6 +39,8 @@ def write_card(folder: Path, results: list[dict[str, Any]], name: str = "nano") 
         vocab=config.vocab_size,
         seed=metadata["seed"],
         tokens=int(metadata["tokens"]),
+        modules_seed=metadata["modules_seed"],
+        modules_tokens=int(metadata["modules_tokens"]),
         count=results[0]["num_items"],
         tables="\n\n".join(_table(results, tier) for tier in ("easy", "hard")),
     )

@@ -111,7 +111,7 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
         save_checkpoint(checkpoint, state)
 
     interrupted = threading.Event()
-    signal.signal(signal.SIGINT, lambda signum, frame: interrupted.set())
+    handler = signal.signal(signal.SIGINT, lambda signum, frame: interrupted.set())
     started = last_saved = time.monotonic()
     weights = offset_weights(model.config.num_mtp_layers, plan.later_weight)
     with _progress() as bar, open(run / "log.jsonl", "a", encoding="utf-8") as log:
@@ -124,7 +124,9 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
             losses = agreement_losses(model, batch, plan.sharpness)
             total: Tensor = sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True))  # type: ignore[assignment]
             total.backward()  # type: ignore[no-untyped-call]
-            norm = optimizer.step(plan.peak_lr * wsd(progress, warmup=plan.warmup, decay_from=plan.decay_from))
+            norm = optimizer.step(
+                plan.peak_lr * wsd(progress, warmup=plan.warmup, decay_from=plan.decay_from)
+            )
             step, tokens = step + 1, tokens + int(batch.input_ids.shape[0])
             agreements = [round(share, 4) for _, share in losses]
             line = {"step": step, "tokens": tokens, "agreement": agreements, "grad_norm": round(norm, 3)}
@@ -134,6 +136,7 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
                 save()
                 last_saved = time.monotonic()
     save()
+    signal.signal(signal.SIGINT, handler)
     if tokens < plan.tokens:
         Console(stderr=True).print(f"stopped at {tokens:,} tokens; the same command goes on from there")
 
@@ -147,7 +150,7 @@ def export_modules(model_path: Path, run: Path, out: Path) -> None:
     saved: dict[str, Any] | None = load_checkpoint(run / "modules.pt")
     if saved is None:
         raise WeightsError(f"{run}: no modules.pt; first run python -m stepflash.nano.distill {run}")
-    with safe_open(model_path / "model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(model_path / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     for name, state in saved["optimizer"]["states"].items():
@@ -177,9 +180,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stepflash.nano.distill", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--model", type=Path, default=WEIGHTS, help="checkpoint folder; default: nano's")
-    parser.add_argument("--tokens", type=int, default=Distillation().tokens, help="length (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=Distillation().tokens, help="length (default: %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many")
-    parser.add_argument("--export", type=Path, metavar="OUT", help="write a checkpoint with the modules as they are")
+    parser.add_argument(
+        "--export", type=Path, metavar="OUT", help="write a checkpoint with the modules as they are"
+    )
     options = parser.parse_args(arguments)
     if options.export is not None:
         return export_modules(options.model, options.run, options.export)

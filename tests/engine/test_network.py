@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.engine import speculative
-from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
 from stepflash.engine.network import ModelNetwork, NativeNetwork, Pass
 from stepflash.engine.request import Request, SamplingParams
@@ -54,15 +55,12 @@ def test_both_networks_compute_the_same(
                 core.cache.grow(blocks, group, done[i] + length + 7)
             spans.append(Span(blocks, done[i], [rng.randrange(512) for _ in range(length)]))
             done[i] += length
-        batch = build_batch(core.cache, spans)
-        rows = sorted(rng.sample(range(batch.num_tokens), min(batch.num_tokens, 5)))
+        rows = sorted(rng.sample(range(sum(lengths)), min(sum(lengths), 5)))
         with torch.inference_mode():
-            expected = plain.trunk(batch, rows)
-            check_equal(native.trunk(batch, rows), expected)
+            expected = plain.trunk(spans, rows)
+            check_equal(native.trunk(spans, rows), expected)
             for module in (1, 2, 3):
-                shifted = build_batch(
-                    core.cache, [Span(s.blocks, s.start + 3, s.token_ids) for s in spans], module
-                )
+                shifted = [Span(s.blocks, s.start + 3, s.token_ids) for s in spans]
                 previous = expected.hidden_states
                 expected = plain.module(module, shifted, previous, rows)
                 check_equal(native.module(module, shifted, previous, rows), expected)
@@ -77,8 +75,8 @@ def check_equal(got: Pass, expected: Pass) -> None:
     assert torch.equal(got.hidden_states, expected.hidden_states)
     assert torch.equal(got.logits, expected.logits)
     assert got.greedy is not None
-    assert torch.equal(got.greedy[0], got.logits.argmax(-1))
-    assert torch.equal(got.greedy[1], got.logits.amax(-1))
+    assert got.greedy[0] == got.logits.argmax(-1).tolist()
+    assert got.greedy[1] == got.logits.amax(-1).tolist()
 
 
 def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
@@ -86,23 +84,23 @@ def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
     blocks = core.cache.open()
     for group in (0, 1):
         core.cache.grow(blocks, group, 20)
-    batch = build_batch(core.cache, [Span(blocks, 0, [5, 6, 7])])
+    spans = [Span(blocks, 0, [5, 6, 7])]
     with torch.inference_mode():
-        done = core.runner.network.trunk(batch, [0, 2])
+        done = core.runner.network.trunk(spans, [0, 2])
         assert done.greedy is not None
-        assert torch.equal(done.greedy[0], done.logits[:, :100].argmax(-1))
+        assert done.greedy[0] == done.logits[:, :100].argmax(-1).tolist()
         core.runner.model.model.embed_tokens.weight[6, 0] = float("nan")
-        broken = core.runner.network.trunk(batch, [2])
+        broken = core.runner.network.trunk(spans, [2])
         # A block that held the broken sequence serves the next one, and nothing of it is left.
         core.cache.close(blocks)
         blocks = core.cache.open()
         for group in (0, 1):
             core.cache.grow(blocks, group, 20)
-        whole = core.runner.network.trunk(build_batch(core.cache, [Span(blocks, 0, [5, 7])]), [0, 1])
+        whole = core.runner.network.trunk([Span(blocks, 0, [5, 7])], [0, 1])
     assert broken.greedy is not None
-    assert broken.greedy[1].isnan().all()
+    assert all(map(math.isnan, broken.greedy[1]))
     assert whole.greedy is not None
-    assert whole.greedy[1].isfinite().all()
+    assert all(map(math.isfinite, whole.greedy[1]))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, None])

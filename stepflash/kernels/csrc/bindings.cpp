@@ -367,28 +367,38 @@ class Network : public torch::CustomClassHolder {
     args_.eh_proj = packed(keep(eh_proj), format, args_.hidden_size, 2 * args_.hidden_size);
   }
 
-  // per_token int64 [4, num_tokens]: ids, positions, slots of the full and of the sliding group. per_sequence int32
-  // [2 num_seqs + 1]: token boundaries, then slots in use. Returns hidden states, logits, best tokens, their logits.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& per_token, const Tensor& per_sequence, const Tensor& full_table,
-                                                 const Tensor& sliding_table, const OptTensor& previous, const Tensor& logit_rows) {
-    TORCH_CHECK(per_token.dim() == 2 && per_token.size(0) == 4 && per_token.size(1) > 0, "network: per_token must be [4, num_tokens]");
-    TORCH_CHECK(per_sequence.numel() % 2 == 1, "network: per_sequence must be [2 * num_seqs + 1]");
-    NetworkArgs a = pass(pointer<int64_t>(per_token, at::kLong, "per_token"), per_token.size(1), pointer<int32_t>(per_sequence, at::kInt, "per_sequence"),
-                         per_sequence.numel() / 2);
-    const Tensor* tables[2] = {&full_table, &sliding_table};
-    for (int group = 0; group < 2; ++group) {
-      TORCH_CHECK(tables[group]->dim() == 2 && tables[group]->size(0) == a.num_seqs && tables[group]->scalar_type() == at::kInt && tables[group]->stride(1) == 1,
-                  "network: block tables must be int32 [num_seqs, max_blocks]");
-      a.block_tables[group] = tables[group]->data_ptr<int32_t>(), a.max_blocks[group] = a.num_seqs > 1 ? tables[group]->stride(0) : tables[group]->size(1);
+  // The engine's block tables, int32 [rows, max_blocks] of the full and of the sliding group. They never move.
+  void set_tables(Tensor full, Tensor sliding, int64_t block_size) {
+    for (const Tensor& table : {full, sliding})
+      TORCH_CHECK(table.is_contiguous() && table.scalar_type() == at::kInt && table.dim() == 2 && table.sizes() == full.sizes(), "network: block tables must be contiguous int32 [rows, max_blocks]");
+    tables_[0] = keep(full), tables_[1] = keep(sliding), block_size_ = block_size;
+  }
+
+  // Spans of several sequences end to end: span i puts lengths[i] of the token_ids into slots starts[i], ... of the sequence whose blocks are in
+  // row table_rows[i]; the token in slot s stands at position s - shift. Returns hidden states, logits, best tokens, their logits.
+  std::tuple<Tensor, Tensor, Ints, std::vector<double>> run(const Ints& token_ids, const Ints& lengths, const Ints& starts, const Ints& table_rows, int64_t shift,
+                                                            const OptTensor& previous, const Ints& logit_rows) {
+    const int64_t num_seqs = (int64_t)lengths.size(), tokens = (int64_t)token_ids.size();
+    TORCH_CHECK(num_seqs >= 1 && starts.size() == lengths.size() && table_rows.size() == lengths.size(), "network: one length, start and row for each span");
+    Batch batch;
+    int64_t end = 0;
+    for (int64_t j = 0; j < num_seqs; ++j) end = std::max(end, starts[j] + lengths[j]);
+    choose_tables(batch, table_rows, end);
+    batch.start(num_seqs, tokens);
+    for (int64_t j = 0, t = 0; j < num_seqs; ++j) {
+      for (int64_t slot = starts[j]; slot < starts[j] + lengths[j]; ++slot, ++t) put_token(batch, j, t, token_ids.at(t), slot, shift);
+      batch.end_sequence(j, t, starts[j] + lengths[j]);
     }
+    NetworkArgs a = pass(batch);
     if (previous) a.previous = view(*previous, "previous");
-    a.num_logit_rows = logit_rows.numel(), a.logit_rows = pointer<int64_t>(logit_rows, at::kLong, "logit_rows");
+    a.num_logit_rows = (int64_t)logit_rows.size(), a.logit_rows = logit_rows.data();
     const auto options = at::TensorOptions().dtype(type_);
     Tensor hidden = at::empty({a.num_tokens, a.hidden_size}, options), logits = at::empty({a.num_logit_rows, vocab_size_}, options.dtype(at::kFloat));
-    Tensor best = at::empty({a.num_logit_rows}, options.dtype(at::kLong)), best_logit = at::empty({a.num_logit_rows}, options.dtype(at::kFloat));
-    a.logits = view(logits, "logits"), a.best = best.data_ptr<int64_t>(), a.best_logit = best_logit.data_ptr<float>();
+    Ints best(logit_rows.size());
+    std::vector<float> best_logit(logit_rows.size());
+    a.logits = view(logits, "logits"), a.best = best.data(), a.best_logit = best_logit.data();
     run_checked(a, hidden);
-    return {hidden, logits, best, best_logit};
+    return {hidden, logits, best, std::vector<double>(best_logit.begin(), best_logit.end())};
   }
 
   // The module whose drafts follow this one's.
@@ -399,10 +409,9 @@ class Network : public torch::CustomClassHolder {
   // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
   // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and
   // table_rows, its row in the tables. Returns by module the rows that it read and its hidden states, jobs end to
-  // end, and drafts and their logits [num_modules, num_jobs].
-  std::tuple<Packs, Packs, Tensor, Tensor> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids, const Ints& offsets,
-                                                 const Ints& first_slots, const Ints& num_known, const Ints& table_rows, const Tensor& full_table,
-                                                 const Tensor& sliding_table, int64_t block_size) {
+  // end, and, module by module, each job's draft and its logit.
+  std::tuple<Packs, Packs, Ints, std::vector<double>> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids,
+                                                            const Ints& offsets, const Ints& first_slots, const Ints& num_known, const Ints& table_rows) {
     const int64_t jobs = (int64_t)hidden_states.size(), modules = jobs ? (int64_t)starts.size() / jobs : 0;
     int64_t most = 0;
     for (Network* module = this; module; module = module->next_.get()) ++most;
@@ -410,35 +419,19 @@ class Network : public torch::CustomClassHolder {
     TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
                     (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
                 "network: draft needs one entry per job, and per module and job");
-    TORCH_CHECK(full_table.is_contiguous() && sliding_table.is_contiguous() && full_table.scalar_type() == at::kInt && sliding_table.scalar_type() == at::kInt,
-                "network: block tables must be contiguous int32");
-    // One sequence uses its row of the tables where it lies; several need theirs side by side.
-    const Tensor* tables[2] = {&full_table, &sliding_table};
-    const int64_t width = full_table.size(1);
-    std::vector<int32_t> gathered[2];
-    const int32_t* rows_of[2];
-    for (int group = 0; group < 2; ++group) {
-      const int32_t* table = tables[group]->data_ptr<int32_t>();
-      for (const int64_t row : table_rows) TORCH_CHECK(row >= 0 && row < tables[group]->size(0) && tables[group]->size(1) == width, "network: no row ", row, " in the tables");
-      for (size_t j = 0; jobs > 1 && j < table_rows.size(); ++j) gathered[group].insert(gathered[group].end(), table + table_rows[j] * width, table + (table_rows[j] + 1) * width);
-      rows_of[group] = jobs > 1 ? gathered[group].data() : table + table_rows[0] * width;
-    }
+    Batch batch;
+    choose_tables(batch, table_rows, *std::max_element(num_known.begin(), num_known.end()) + modules);
     const auto options = at::TensorOptions().dtype(type_);
     Packs read, left;
-    Tensor drafts = at::empty({modules, jobs}, at::kLong), values = at::empty({modules, jobs}, at::kFloat);
-    Ints per_token, last(jobs), bounds(jobs + 1, 0);
-    std::vector<int32_t> per_sequence(2 * jobs + 1, 0);
+    Ints drafts(modules * jobs), last(jobs), bounds(jobs + 1, 0);
+    std::vector<float> values(modules * jobs);
+    Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat));
     Network* module = this;
     for (int64_t m = 0; m < modules; ++m, module = module->next_.get()) {
       const Ints before = bounds;  // of the module before: its tokens, jobs end to end
-      int64_t tokens = 0;
-      for (int64_t j = 0; j < jobs; ++j) {
-        tokens += num_known[j] + m - starts[m * jobs + j];
-        bounds[j + 1] = tokens, last[j] = tokens - 1;
-        per_sequence[j + 1] = (int32_t)tokens, per_sequence[jobs + 1 + j] = (int32_t)(num_known[j] + m);
-      }
-      per_token.assign(4 * tokens, 0);
-      Tensor rows = at::empty({tokens, args_.hidden_size}, options), hidden = at::empty({tokens, args_.hidden_size}, options);
+      for (int64_t j = 0; j < jobs; ++j) bounds[j + 1] = bounds[j] + num_known[j] + m - starts[m * jobs + j];
+      batch.start(jobs, bounds[jobs]);
+      Tensor rows = at::empty({bounds[jobs], args_.hidden_size}, options), hidden = at::empty({bounds[jobs], args_.hidden_size}, options);
       const int64_t row_bytes = args_.hidden_size * rows.element_size();
       for (int64_t j = 0; j < jobs; ++j) {
         // What is still unread of the module before, then what it has just left.
@@ -453,23 +446,20 @@ class Network : public torch::CustomClassHolder {
         std::memcpy(to + num_unread * row_bytes, (const char*)source.data_ptr() + (m == 0 ? 0 : before[j] * row_bytes), num_new * row_bytes);
         int64_t t = bounds[j];
         for (int64_t slot = starts[m * jobs + j]; slot < num_known[j] + m; ++slot, ++t) {
-          TORCH_CHECK(slot / block_size < width, "network: slot ", slot, " is beyond the tables");
-          per_token[t] = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts.data_ptr<int64_t>()[(slot - num_known[j]) * jobs + j];
-          per_token[tokens + t] = slot - (m + 1);
-          for (int group = 0; group < 2; ++group)
-            per_token[(2 + group) * tokens + t] = rows_of[group][j * width + slot / block_size] * block_size + slot % block_size;
+          const int64_t id = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts[(slot - num_known[j]) * jobs + j];
+          put_token(batch, j, t, id, slot, m + 1);
         }
+        last[j] = t - 1;
+        batch.end_sequence(j, t, num_known[j] + m);
       }
-      NetworkArgs a = module->pass(per_token.data(), tokens, per_sequence.data(), jobs);
-      for (int group = 0; group < 2; ++group) a.block_tables[group] = rows_of[group], a.max_blocks[group] = width;
+      NetworkArgs a = module->pass(batch);
       a.previous = view(rows, "previous");
       a.num_logit_rows = jobs, a.logit_rows = last.data();
-      Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat));
-      a.logits = view(logits, "logits"), a.best = drafts.data_ptr<int64_t>() + m * jobs, a.best_logit = values.data_ptr<float>() + m * jobs;
+      a.logits = view(logits, "logits"), a.best = drafts.data() + m * jobs, a.best_logit = values.data() + m * jobs;
       module->run_checked(a, hidden);
       read.push_back(rows), left.push_back(hidden);
     }
-    return {read, left, drafts, values};
+    return {read, left, drafts, std::vector<double>(values.begin(), values.end())};
   }
 
  private:
@@ -478,17 +468,60 @@ class Network : public torch::CustomClassHolder {
   std::vector<LayerArgs> layers_;
   std::vector<Tensor> kept_;
   View post_norm_;
-  int64_t vocab_size_ = 0;
+  Tensor tables_[2];
+  int64_t block_size_ = 0, vocab_size_ = 0;
   at::ScalarType type_;
 
-  // A pass over these tokens; the caller adds tables, previous states, and what it wants to know.
-  NetworkArgs pass(const int64_t* per_token, int64_t num_tokens, const int32_t* per_sequence, int64_t num_seqs) {
+  // Tokens and tables of a pass. per_token: ids, positions, slots of the full and of the sliding group, num_tokens each.
+  // per_sequence: num_seqs + 1 token boundaries, then slots in use.
+  struct Batch {
+    int64_t num_seqs = 0, num_tokens = 0, width = 0;  // blocks in a row of the tables
+    Ints per_token;
+    std::vector<int32_t> per_sequence, gathered[2];
+    const int32_t* tables[2];
+
+    void start(int64_t seqs, int64_t tokens) {
+      num_seqs = seqs, num_tokens = tokens;
+      per_token.assign(4 * tokens, 0), per_sequence.assign(2 * seqs + 1, 0);
+    }
+    void end_sequence(int64_t j, int64_t token_end, int64_t num_slots) {
+      per_sequence[j + 1] = (int32_t)token_end, per_sequence[num_seqs + 1 + j] = (int32_t)num_slots;
+    }
+  };
+
+  // One sequence uses its row of the tables where it lies; several need theirs side by side, as far as slots are in use.
+  void choose_tables(Batch& batch, const Ints& rows, int64_t num_slots) const {
+    TORCH_CHECK(block_size_ > 0 && num_slots <= tables_[0].size(1) * block_size_, "network: slot ", num_slots, " is beyond the tables");
+    const int64_t stride = tables_[0].size(1);
+    batch.width = rows.size() > 1 ? (num_slots + block_size_ - 1) / block_size_ : stride;
+    for (int group = 0; group < 2; ++group) {
+      const int32_t* table = tables_[group].data_ptr<int32_t>();
+      for (const int64_t row : rows) {
+        TORCH_CHECK(row >= 0 && row < tables_[group].size(0), "network: no row ", row, " in the tables");
+        if (rows.size() > 1) batch.gathered[group].insert(batch.gathered[group].end(), table + row * stride, table + row * stride + batch.width);
+      }
+      batch.tables[group] = rows.size() > 1 ? batch.gathered[group].data() : table + rows[0] * stride;
+    }
+  }
+
+  void put_token(Batch& batch, int64_t j, int64_t t, int64_t id, int64_t slot, int64_t shift) const {
+    int64_t* at = batch.per_token.data() + t;
+    at[0] = id, at[batch.num_tokens] = slot - shift;
+    for (int group = 0; group < 2; ++group)
+      at[(2 + group) * batch.num_tokens] = batch.tables[group][j * batch.width + slot / block_size_] * block_size_ + slot % block_size_;
+  }
+
+  // A pass over this batch; the caller adds previous states and what it wants to know.
+  NetworkArgs pass(const Batch& batch) {
     if (!args_.layers) args_.layers = std::make_shared<const std::vector<LayerArgs>>(layers_);
     NetworkArgs a = args_;
-    a.num_threads = at::get_num_threads(), a.num_tokens = num_tokens, a.num_seqs = num_seqs;
-    a.input_ids = per_token, a.positions = per_token + num_tokens;
-    for (int group = 0; group < 2; ++group) a.slots[group] = per_token + (2 + group) * num_tokens;
-    a.cu_seqlens = per_sequence, a.seq_lens = per_sequence + num_seqs + 1;
+    a.num_threads = at::get_num_threads(), a.num_tokens = batch.num_tokens, a.num_seqs = batch.num_seqs;
+    a.input_ids = batch.per_token.data(), a.positions = a.input_ids + a.num_tokens;
+    a.cu_seqlens = batch.per_sequence.data(), a.seq_lens = a.cu_seqlens + a.num_seqs + 1;
+    for (int group = 0; group < 2; ++group) {
+      a.slots[group] = a.input_ids + (2 + group) * a.num_tokens;
+      a.block_tables[group] = batch.tables[group], a.max_blocks[group] = batch.width;
+    }
     return a;
   }
 
@@ -538,6 +571,7 @@ TORCH_LIBRARY_FRAGMENT(stepflash, m) {
       .def("set_feed_forward", &Network::set_feed_forward)
       .def("set_head", &Network::set_head)
       .def("set_join", &Network::set_join)
+      .def("set_tables", &Network::set_tables)
       .def("run", &Network::run)
       .def("set_next", &Network::set_next)
       .def("draft", &Network::draft);

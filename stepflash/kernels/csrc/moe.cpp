@@ -298,13 +298,13 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     const int64_t e = active[a], first = start[e];
     p.routed.gate_up(e, (item - shared_items) % p.routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
   }, p.is_small);
-  constexpr int64_t PER_ITEM = 4;  // panels
-  const int64_t panels = num_panels(p.hidden), groups = (panels + PER_ITEM - 1) / PER_ITEM;
+  const int64_t panels = num_panels(p.hidden), fair = panels / (4 * args.num_threads);
+  const int64_t per_item = fair < 1 ? 1 : fair > 4 ? 4 : fair, groups = (panels + per_item - 1) / per_item;
   float *sums = (float*)(scratch + p.sums), *parts = (float*)(scratch + p.parts);
   if (p.few) {
     team.share((most_active + p.has_shared) * groups, [&](int64_t item) {
       get_ready();
-      const int64_t begin = item % groups * PER_ITEM, end = std::min(begin + PER_ITEM, panels), a = item / groups;
+      const int64_t begin = item % groups * per_item, end = std::min(begin + per_item, panels), a = item / groups;
       if (a < *num_active) {
         const int64_t first = start[active[a]], count = start[active[a] + 1] - first;
         p.routed.down_rows(active[a], begin, end, hidden_records + first, count, parts + first * p.sum_stride, p.sum_stride);
@@ -315,7 +315,7 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
   }
   team.share(groups, [&](int64_t item) {
     get_ready();
-    const int64_t begin = item * PER_ITEM, end = std::min(begin + PER_ITEM, panels), stride = p.sum_stride;
+    const int64_t begin = item * per_item, end = std::min(begin + per_item, panels), stride = p.sum_stride;
     for (int64_t t = 0; t < p.tokens; ++t) std::memset(sums + t * stride + begin * PANEL, 0, (end - begin) * PANEL * 4);
     for (int64_t s = 0; p.few && s < p.slots + (p.has_shared ? p.tokens : 0); ++s) {
       float* sum = sums + (s < p.slots ? slot_token[s] : s - p.slots) * stride;
@@ -329,7 +329,7 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     if (p.has_shared && !p.few) p.shared.add_down(0, begin, end, hidden_records + p.slots, nullptr, nullptr, p.tokens, sums, stride);
     const int64_t width = std::min(end * PANEL, p.hidden) - begin * PANEL;
     for (int64_t t = 0; t < p.tokens; ++t) store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * stride + begin * PANEL);
-  });
+  }, p.is_small);
 }
 
 void moe(const MoeArgs& args) {

@@ -1,4 +1,6 @@
 // Tiles for bf16 and fp8 (e4m3, a float scale per block of 128 x 128): products of bf16 pairs, float sums.
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace SF_ISA {
@@ -76,25 +78,37 @@ static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_
   panel += round_up(padded_k(FP8, k) / 128 * 4, 64);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
+  // Even and odd pairs are summed apart, to hide the latency of the dot product: together while the sums of few
+  // tokens fit into registers, else one after the other.
   for (int64_t block = 0; block < k; block += 128) {
-    vf acc[M][2];
-    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
-    for (int64_t part = block; part < block + 128 && part < k; part += 16) {
+    const int64_t pairs = (k - block < 128 ? k - block : 128) / 2;
+    vf acc[2][M][2];
+    for (int parity = 0; parity < 2; ++parity)
+      for (int m = 0; m < M; ++m) acc[parity][m][0] = acc[parity][m][1] = zero();
+    const auto sum_pairs = [&](auto first, auto step) {
+      for (int64_t part = 0; part < pairs; part += 8) {
 #pragma GCC unroll 8
-      for (int pair = 0; pair < 8; ++pair) {
-        vi w0, w1;
-        decode(panel + pair * 64, w0, w1);
-        for (int m = 0; m < M; ++m) {
-          const vi x = broadcast4(tokens[m] + part * 2 + pair * 4);
-          acc[m][0] = dot2(acc[m][0], w0, x);
-          acc[m][1] = dot2(acc[m][1], w1, x);
+        for (int i = first; i < 8; i += step) {
+          vi w0, w1;
+          decode(panel + (part + i) * 64, w0, w1);
+          for (int m = 0; m < M; ++m) {
+            const vi x = broadcast4(tokens[m] + block * 2 + (part + i) * 4);
+            acc[i & 1][m][0] = dot2(acc[i & 1][m][0], w0, x);
+            acc[i & 1][m][1] = dot2(acc[i & 1][m][1], w1, x);
+          }
         }
       }
-      panel += 8 * 64;
+    };
+    if constexpr (M <= 3) {
+      sum_pairs(std::integral_constant<int, 0>(), std::integral_constant<int, 1>());
+    } else {
+      sum_pairs(std::integral_constant<int, 0>(), std::integral_constant<int, 2>());
+      sum_pairs(std::integral_constant<int, 1>(), std::integral_constant<int, 2>());
     }
+    panel += 64 * 64;
     const vf scale = set1(scales[block / 128]);
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < 2; ++i) total[m][i] = fma(acc[m][i], scale, total[m][i]);
+      for (int i = 0; i < 2; ++i) total[m][i] = fma(acc[0][m][i] + acc[1][m][i], scale, total[m][i]);
   }
   for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
 }
