@@ -381,9 +381,9 @@ class Network : public torch::CustomClassHolder {
     const int64_t num_seqs = (int64_t)lengths.size(), tokens = (int64_t)token_ids.size();
     TORCH_CHECK(num_seqs >= 1 && starts.size() == lengths.size() && table_rows.size() == lengths.size(), "network: one length, start and row for each span");
     Batch batch;
-    int64_t end = 0;
-    for (int64_t j = 0; j < num_seqs; ++j) end = std::max(end, starts[j] + lengths[j]);
-    choose_tables(batch, table_rows, end);
+    int64_t num_slots = 0;
+    for (int64_t j = 0; j < num_seqs; ++j) num_slots = std::max(num_slots, starts[j] + lengths[j]);
+    choose_tables(batch, table_rows, num_slots);
     batch.start(num_seqs, tokens);
     for (int64_t j = 0, t = 0; j < num_seqs; ++j) {
       for (int64_t slot = starts[j]; slot < starts[j] + lengths[j]; ++slot, ++t) put_token(batch, j, t, token_ids.at(t), slot, shift);
@@ -407,14 +407,13 @@ class Network : public torch::CustomClassHolder {
   // This module and as many after it as `starts` tells, each proposing the best token after the tokens known and proposed before; one
   // job per sequence. hidden_states: by job, what the trunk left at its newest slots. By module, then by job:
   // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
-  // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and
-  // table_rows, its row in the tables. Returns by module the rows that it read and its hidden states, jobs end to
-  // end, and, module by module, each job's draft and its logit.
+  // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and table_rows, its row in the tables.
+  // Returns by module the rows that it read and its hidden states, jobs end to end, and, module by module, each job's draft and its logit.
   std::tuple<Packs, Packs, Ints, std::vector<double>> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids,
                                                             const Ints& offsets, const Ints& first_slots, const Ints& num_known, const Ints& table_rows) {
     const int64_t jobs = (int64_t)hidden_states.size(), modules = jobs ? (int64_t)starts.size() / jobs : 0;
-    int64_t most = 0;
-    for (Network* module = this; module; module = module->next_.get()) ++most;
+    int64_t most = 1;
+    for (Network* module = this; (module = module->next_.get());) ++most;
     TORCH_CHECK(modules >= 1 && modules <= most, "network: draft runs 1 to ", most, " modules");
     TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
                     (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
@@ -472,8 +471,7 @@ class Network : public torch::CustomClassHolder {
   int64_t block_size_ = 0, vocab_size_ = 0;
   at::ScalarType type_;
 
-  // Tokens and tables of a pass. per_token: ids, positions, slots of the full and of the sliding group, num_tokens each.
-  // per_sequence: num_seqs + 1 token boundaries, then slots in use.
+  // Tokens and tables of a pass. per_token: ids, positions, slots of both groups. per_sequence: num_seqs + 1 token boundaries, then slots in use.
   struct Batch {
     int64_t num_seqs = 0, num_tokens = 0, width = 0;  // blocks in a row of the tables
     Ints per_token;
