@@ -185,7 +185,8 @@ class StandIn:
         outcome, num_events = "left", 0
         outputs = self.engine.submit(request)
         try:
-            async with contextlib.aclosing(encode(request, outputs)) as events:  # type: ignore[type-var]
+            # Both are closed here: who left must not be worked for until the garbage collector finds out.
+            async with contextlib.aclosing(outputs), contextlib.aclosing(encode(request, outputs)) as events:  # type: ignore[type-var]
                 async for event in events:
                     await asyncio.sleep(self.pause)
                     if self.error_event is not None:
