@@ -15,7 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepflash.server.errors_by_path import message_response
 
-EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after")
+EXPOSED_HEADERS = (
+    "request-id",
+    "x-request-id",
+    "retry-after",
+    "x-stepflash-ignored-fields",
+    "x-stepflash-prompt-tokens",
+    "x-stepflash-cached-tokens",
+    "x-stepflash-cache-miss",
+)
 
 
 class OriginGuard:

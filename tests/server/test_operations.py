@@ -125,6 +125,9 @@ def test_pages_that_are_named_are_let_in() -> None:
         response = client.post(CHAT, json=CHAT_BODY, headers={**origin, "x-api-key": key})
         assert response.status_code == status
         assert response.headers["access-control-allow-origin"] == "https://chat.example"
+        readable = response.headers["access-control-expose-headers"].split(", ")
+        assert {name for name in response.headers if name.startswith("x-stepflash-")} <= set(readable)
+    assert "x-stepflash-prompt-tokens" in readable
     other = {"origin": "https://chat.example.evil", "x-api-key": "key"}
     assert client.post(CHAT, json=CHAT_BODY, headers=other).status_code == 403
 
