@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stepflash.nano.evaluate import accuracy_by_tier
 from stepflash.tools.quantize import GPTQ, NEAREST, make_recipe, quantize_checkpoint
 from stepflash.tools.receipt import CALIBRATION_TEXTS, documents, measure
 from stepflash.weights.checkpoint import open_checkpoint
@@ -29,20 +30,6 @@ WAYS = [("int4-g32", edge, rounding) for edge in ("none", "int8", "bf16") for ro
     ("int8", "none", NEAREST),
     ("int8", "bf16", NEAREST),
 ]
-
-
-def accuracy(model: str, count: int) -> dict[str, float]:
-    """Exact match and accepted drafts a step of nano's held-out tasks, by tier."""
-    from stepflash.engine.llm import LLM
-    from stepflash.nano.evaluate import evaluate, summary
-    from stepflash.nano.tasks import TASKS
-
-    llm = LLM(model, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048)
-    results = evaluate(llm, list(TASKS), count, ("easy", "hard"))
-    values = {}
-    for tier in ("easy", "hard"):
-        values[f"{tier}_exact"], values[f"{tier}_accepted"] = summary(results, tier)  # type: ignore[arg-type]
-    return values
 
 
 def main() -> None:
@@ -63,9 +50,9 @@ def main() -> None:
     )
     print("|---" * (12 if options.tasks else 10) + "|")
     if options.tasks:
-        before = accuracy(options.model, options.tasks)
+        before = accuracy_by_tier(options.model, options.tasks)
         print(
-            f"| original | | | | | | | | | | {before['easy_exact']:.1%} | {before['hard_exact']:.1%} |",
+            f"| original | | | | | | | | | | {before['easy']['exact']:.1%} | {before['hard']['exact']:.1%} |",
             flush=True,
         )
     rows: list[dict[str, Any]] = []
@@ -88,8 +75,8 @@ def main() -> None:
                 f"| {(quality.mtp_top1_agreement or [0])[0]:.1%} | {seconds:.1f} |"
             )
             if options.tasks:
-                row |= accuracy(str(out), options.tasks)
-                line += f" {row['easy_exact']:.1%} | {row['hard_exact']:.1%} |"
+                row |= accuracy_by_tier(str(out), options.tasks)
+                line += f" {row['easy']['exact']:.1%} | {row['hard']['exact']:.1%} |"
             print(line, flush=True)
             rows.append(row)
     finally:

@@ -454,6 +454,13 @@ def _tool(module: str) -> tuple[AddArguments, Run]:
     return (lambda parser: load().add_arguments(parser)), (lambda options: int(load().run(options)))
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from stepflash.nano.evaluate import accuracy_by_tier
+    from stepflash.tools.quantize_command import run
+
+    return run(args, accuracy_by_tier)
+
+
 # What the command line has: a summary, what to add to the parser, and what to run.
 COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "generate": ("one completion", _add_generate, _generate),
@@ -462,7 +469,7 @@ COMMANDS: dict[str, tuple[str, AddArguments, Run]] = {
     "clients": ("the configuration of a coding agent for the server", *_tool("clients_command")),
     "inspect": ("configuration, layers, parameters, memory, tensors", _add_inspect, _inspect),
     "convert": ("a model as GGUF or safetensors", *_tool("convert")),
-    "quantize": ("a model in fewer bits, with a receipt", *_tool("quantize_command")),
+    "quantize": ("a model in fewer bits, with a receipt", _tool("quantize_command")[0], _quantize),
     "plan": ("what fits on a machine, how fast it can be, how to run it", *_tool("plan_command")),
     "cost": ("decoding cost of models, after the model card's table", *_tool("cost_command")),
     "doctor": ("check the installation and measure this machine", *_tool("doctor")),

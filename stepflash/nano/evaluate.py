@@ -82,6 +82,18 @@ def summary(results: Sequence[TaskResult], tier: Tier) -> tuple[float, float]:
     return accuracy, sum(sum(result.accepted) for result in chosen) / steps if steps else 0.0
 
 
+def accuracy_by_tier(model: str | Path, count: int) -> dict[str, dict[str, float]]:
+    """By tier: `exact` and `accepted` as `summary` gives them over all tasks, and the number of `items`."""
+    llm = LLM(model, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048)
+    results = evaluate(llm, list(TASKS), count, ("easy", "hard"))
+    found: dict[str, dict[str, float]] = {}
+    for tier in sorted({result.tier for result in results}):
+        exact, accepted = summary(results, tier)
+        items = sum(result.num_items for result in results if result.tier == tier)
+        found[tier] = {"items": items, "exact": round(exact, 4), "accepted": round(accepted, 3)}
+    return found
+
+
 def to_table(results: Sequence[TaskResult]) -> Table:
     table = Table(title="held-out exact match, greedy")
     for name, justify in (("task", "left"), ("tier", "left"), ("exact", "right"), ("items", "right")):

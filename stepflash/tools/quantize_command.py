@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+Accuracy = Callable[[Path, int], dict[str, dict[str, float]]]
 EPILOG_PROTECT = "a shell pattern over tensor names and a format, such as 'model.layers.7.*=int8'; repeatable"
 
 
@@ -54,12 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="measure on this text; parts are separated by lines of ---"
     )
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="for nano: exact match of N held-out prompts of each of its tasks, before and after, in the receipt",
+    )
     parser.add_argument("--no-measure", action="store_true", help="a receipt with digests only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Quantise, measure, write the receipt; the status is 1 if the quality did not pass."""
+def run(options: argparse.Namespace, accuracy: Accuracy) -> int:
+    """Quantise, measure, write the receipt; the status is 1 if the quality did not pass.
+
+    Args:
+        accuracy: that of a model with nano's tokenizer on nano's tasks, for `--tasks`.
+    """
     from stepflash.tools.quantize import GPTQ, NEAREST, make_recipe, quantize_checkpoint
     from stepflash.tools.receipt import CALIBRATION_TEXTS, documents, measure, write_receipt
     from stepflash.weights.checkpoint import open_checkpoint
@@ -67,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     from stepflash.weights.signature import open_signing_key, public_hex
 
     source = open_checkpoint(resolve_model(options.model))
+    if options.tasks and not _has_nanos_tokenizer(source.path):
+        raise ConfigError(f"--tasks are nano's own tasks; {options.model} does not have nano's tokenizer")
     protect = [_protected(text) for text in options.protect]
     recipe = make_recipe(source.config, options.format, protect, options.edge)
     rounding = options.rounding or (GPTQ if recipe.format.startswith("int4") else NEAREST)
@@ -106,11 +121,22 @@ def run(options: argparse.Namespace) -> int:
                 origin,
                 on_layer=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    receipt = write_receipt(options.out, tensors, asdict(recipe), quality, key)
+    tasks = None
+    if options.tasks:
+        before, after = (accuracy(path, options.tasks) for path in (source.path, options.out))
+        tasks = {tier: {"before": before[tier], "after": after[tier]} for tier in before}
+    receipt = write_receipt(options.out, tensors, asdict(recipe), quality, key, tasks)
     if key is not None:
         print(f"signed with the public key {public_hex(key)}", file=sys.stderr)
     _print(options, receipt)
     return 0 if quality is None or quality.passed else 1
+
+
+def _has_nanos_tokenizer(path: Path) -> bool:
+    from stepflash.weights.hub import NANO_FOLDER
+
+    own, nanos = path / "tokenizer.json", NANO_FOLDER / "tokenizer.json"
+    return own.is_file() and nanos.is_file() and own.read_bytes() == nanos.read_bytes()
 
 
 def _protected(text: str) -> tuple[str, str]:
@@ -129,10 +155,19 @@ def _print(options: argparse.Namespace, receipt: dict[str, Any]) -> None:
     bits = 8 * num_bytes / checkpoint.config.num_parameters(trunk=False)
     if options.json:
         values = {"out": str(options.out), "num_bytes": num_bytes, "bits_per_weight": round(bits, 3)}
-        print(json.dumps(values | {key: receipt[key] for key in ("recipe", "source_sha256", "quality")}))
+        print(
+            json.dumps(
+                values | {key: receipt[key] for key in ("recipe", "source_sha256", "quality", "tasks")}
+            )
+        )
         return
     print(f"{options.out}: {num_bytes / 1e6:,.1f} MB, {bits:.2f} bits a weight")
     print(verdict(read_receipt(options.out)))
+    for tier, found in (receipt["tasks"] or {}).items():
+        before, after = found["before"], found["after"]
+        print(
+            f"{before['items']} {tier} tasks: {before['exact']:.1%} right before, {after['exact']:.1%} after"
+        )
     if receipt["quality"] is None:
         return
     print(f"{'layer':>5} {'error':>8} {'drift':>8} {'routing':>8}")

@@ -317,12 +317,14 @@ def write_receipt(
     recipe: Mapping[str, Any],
     quality: Quality | None,
     key: Ed25519PrivateKey | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the receipt beside the weights; its JSON object. The run then counts as finished.
 
     Args:
         tensors: what `quantize_checkpoint` returned.
         key: signs it.
+        tasks: accuracy before and after, if it was measured.
     """
     sources = "".join(f"{name} {entry['source_sha256']}\n" for name, entry in tensors.items())
     values: dict[str, Any] = {
@@ -330,6 +332,7 @@ def write_receipt(
         "recipe": dict(recipe),
         "source_sha256": hashlib.sha256(sources.encode()).hexdigest(),
         "quality": None if quality is None else asdict(quality),
+        "tasks": None if tasks is None else dict(tasks),
         "files": {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for pattern in FILES

@@ -286,6 +286,22 @@ def test_good_unknown_and_bad(
 # ---- while loading ------------------------------------------------------------------------------------------
 
 
+def test_tasks_of_nano_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One prompt of each task; int8 answers nearly as well as the original, which is far above guessing."""
+    command = ["quantize", "nano", str(tmp_path / "out"), "--format", "int8", "--no-measure", "--json"]
+    assert main([*command, "--tasks", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)["tasks"]
+    assert told == read_receipt(tmp_path / "out").values["tasks"]
+    for tier, least in (("easy", 0.7), ("hard", 0.45)):
+        before, after = told[tier]["before"], told[tier]["after"]
+        assert before["items"] == after["items"] >= 30
+        assert before["exact"] > least
+        assert abs(after["exact"] - before["exact"]) < 0.15
+    assert main(["quantize", str(MICRO), str(tmp_path / "micro"), "--tasks", "1"]) == 2
+    assert "nano's tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "micro").exists()
+
+
 def test_quantization_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--dtype", "float32", "--temperature", "0", "--max-tokens", "12", "--raw", "--json"]
     command = ["generate", str(MICRO), "--prompt", "one two", *options]
