@@ -152,6 +152,7 @@ def advance(
 
     A module that no draft needs is left behind until `max_deferred` slots are waiting.
     """
+    jobs = [job for job in jobs if not _waits(job, max_deferred)]
     is_plain = bool(jobs) and all(_is_plain(job, jobs[0].depth, max_deferred) for job in jobs)
     if is_plain and isinstance(network, NativeNetwork):
         works = _draft_in_a_row(network, sampler, jobs)
@@ -171,6 +172,22 @@ def advance(
             _run_module(network, cache, sampler, works, module, max_deferred)
     for work in works:
         _keep_carries(work, cache.block_size)
+
+
+def _waits(job: DraftJob, max_deferred: int) -> bool:
+    """Whether this job leaves all modules behind; then its rows are kept for later, and nothing else is to do."""
+    seq = job.seq
+    if job.depth or job.must_advance or not seq.num_modules:
+        return False
+    end = min(seq.num_computed + 1, len(seq.token_ids))
+    if end - seq.mtp.num_computed[0] >= max_deferred:
+        return False
+    job.mtp, job.drafts, job.carries = seq.mtp.copy(), [], {}
+    before, rows = seq.mtp.pending[0], job.hidden_states
+    if before is None and rows.shape[0] > MAX_VIEWED_ROWS:
+        rows = rows.clone()
+    job.mtp.pending[0] = _join(before, rows) if rows.shape[0] else before
+    return True
 
 
 def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:

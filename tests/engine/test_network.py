@@ -114,6 +114,7 @@ def test_drafts_in_a_row_are_those_of_one_by_one(depth: int | None, monkeypatch:
         calls = count_calls(monkeypatch)
         if not in_a_row:
             monkeypatch.setattr(speculative, "_is_plain", lambda *_: False)
+            monkeypatch.setattr(speculative, "_waits", lambda *_: False)
         plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
         if depth is None:
             monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
