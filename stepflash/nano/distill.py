@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -32,15 +28,13 @@ from stepflash.errors import WeightsError
 from stepflash.model.attention import PackedAttention
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.nano.recipe import Recipe
-from stepflash.nano.train import SAVE_EVERY_SECONDS, make_pack
+from stepflash.nano.train import SAVE_EVERY_SECONDS, interruptible, make_pack, new_optimizer, progress_bar
 from stepflash.training.checkpoint import load_checkpoint, save_checkpoint
 from stepflash.training.data import PackedBatch
-from stepflash.training.losses import offset_weights
-from stepflash.training.optim import Optimizer
+from stepflash.training.losses import mtp_states, offset_weights
 from stepflash.training.schedule import wsd
+from stepflash.weights.hub import NANO_FOLDER
 from stepflash.weights.load import load_model
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +64,10 @@ def agreement_losses(
         said = model.compute_logits(hidden_states[rows])  # [num_rows, vocab_size]
         choices, teacher = said.argmax(-1), F.softmax(said * sharpness, dim=-1)
     found = []
-    for module in range(1, modules + 1):
-        input_ids = torch.cat((batch.input_ids[module:], batch.input_ids.new_zeros(module)))
-        hidden_states = model.mtp_forward(module, input_ids, hidden_states, batch.positions, attend)
+    for module, states in enumerate(mtp_states(model, hidden_states, batch, attend, modules), start=1):
         rows, _ = batch.targets(module + 1)
         at = wanted[rows + module]  # where the trunk says the same token
-        logits = model.mtp_compute_logits(module, hidden_states[rows])
+        logits = model.mtp_compute_logits(module, states[rows])
         loss = F.cross_entropy(logits, teacher[at])
         found.append((loss, float((logits.detach().argmax(-1) == choices[at]).float().mean())))
     return found
@@ -90,13 +82,7 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
         is_module = name.startswith("model.layers.") and int(name.split(".")[2]) >= model.config.num_layers
         parameter.requires_grad_(is_module)
     recipe = Recipe()
-    optimizer = Optimizer(
-        model.named_parameters(),
-        weight_decay=recipe.weight_decay,
-        adam_lr_scale=recipe.adam_lr_scale,
-        muon_steps=recipe.muon_steps,
-        muon_dtype=torch.bfloat16,
-    )
+    optimizer = new_optimizer(model.named_parameters(), recipe)
     if not optimizer.states:
         raise WeightsError(f"{model_path}: no prediction modules ({first}*) to teach")
     step = tokens = 0
@@ -110,11 +96,13 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
         state = {"step": step, "tokens": tokens, "seed": plan.seed, "optimizer": optimizer.state_dict()}
         save_checkpoint(checkpoint, state)
 
-    interrupted = threading.Event()
-    handler = signal.signal(signal.SIGINT, lambda signum, frame: interrupted.set())
     started = last_saved = time.monotonic()
     weights = offset_weights(model.config.num_mtp_layers, plan.later_weight)
-    with _progress() as bar, open(run / "log.jsonl", "a", encoding="utf-8") as log:
+    with (
+        progress_bar("agreement {task.fields[agreement]}") as bar,
+        open(run / "log.jsonl", "a", encoding="utf-8") as log,
+        interruptible() as interrupted,
+    ):
         task = bar.add_task("teaching the modules", total=plan.tokens, completed=tokens, agreement="")
         while tokens < plan.tokens and not interrupted.is_set():
             if stop_after is not None and time.monotonic() - started > stop_after:
@@ -135,8 +123,7 @@ def distill(model_path: Path, run: Path, plan: Distillation, stop_after: float |
             if time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
                 save()
                 last_saved = time.monotonic()
-    save()
-    signal.signal(signal.SIGINT, handler)
+        save()
     if tokens < plan.tokens:
         Console(stderr=True).print(f"stopped at {tokens:,} tokens; the same command goes on from there")
 
@@ -165,21 +152,10 @@ def export_modules(model_path: Path, run: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} tokens, agreement {task.fields[agreement]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not os.isatty(2),
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stepflash.nano.distill", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="checkpoint folder; default: nano's")
+    parser.add_argument("--model", type=Path, default=NANO_FOLDER, help="checkpoint folder; default: nano's")
     parser.add_argument(
         "--tokens", type=int, default=Distillation().tokens, help="length (default: %(default)s)"
     )

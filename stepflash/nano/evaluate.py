@@ -84,14 +84,17 @@ def summary(results: Sequence[TaskResult], tier: Tier) -> tuple[float, float]:
 
 def accuracy_by_tier(model: str | Path, count: int) -> dict[str, dict[str, float]]:
     """By tier: `exact` and `accepted` as `summary` gives them over all tasks, and the number of `items`."""
-    llm = LLM(model, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048)
-    results = evaluate(llm, list(TASKS), count, ("easy", "hard"))
+    results = evaluate(_open(model), list(TASKS), count, ("easy", "hard"))
     found: dict[str, dict[str, float]] = {}
     for tier in sorted({result.tier for result in results}):
         exact, accepted = summary(results, tier)
         items = sum(result.num_items for result in results if result.tier == tier)
         found[tier] = {"items": items, "exact": round(exact, 4), "accepted": round(accepted, 3)}
     return found
+
+
+def _open(model: str | Path) -> LLM:
+    return LLM(model, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048)
 
 
 def to_table(results: Sequence[TaskResult]) -> Table:
@@ -120,8 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args(arguments)
     tiers: tuple[Tier, ...] = ("easy", "hard") if options.tier == "both" else (options.tier,)
-    llm = LLM(options.model, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=2048)
-    results = evaluate(llm, options.task or list(TASKS), options.count, tiers)
+    results = evaluate(_open(options.model), options.task or list(TASKS), options.count, tiers)
     Console().print(to_table(results))
     if options.json:
         rows = [

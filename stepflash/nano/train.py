@@ -9,13 +9,14 @@ threads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
+from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from stepflash.model.config import ModelConfig
@@ -66,6 +68,17 @@ def new_model(config: ModelConfig, recipe: Recipe, seed: int) -> Step3p5ForCausa
                 parameter.copy_(values)
             parameter.requires_grad_(not name.endswith("router_bias"))
     return model
+
+
+def new_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> Optimizer:
+    """The recipe's optimiser, over those of the parameters that require a gradient."""
+    return Optimizer(
+        named_parameters,
+        weight_decay=recipe.weight_decay,
+        adam_lr_scale=recipe.adam_lr_scale,
+        muon_steps=recipe.muon_steps,
+        muon_dtype=torch.bfloat16,
+    )
 
 
 def clone_first_module(model: Step3p5ForCausalLM) -> None:
@@ -115,13 +128,7 @@ def train(
     config = ModelConfig.from_dict({**CONFIG, "vocab_size": padded_vocabulary(tokenizer)})
     model = new_model(config, recipe, seed)
     parameters = [(name, p) for name, p in model.named_parameters() if not name.endswith("router_bias")]
-    optimizer = Optimizer(
-        parameters,
-        weight_decay=recipe.weight_decay,
-        adam_lr_scale=recipe.adam_lr_scale,
-        muon_steps=recipe.muon_steps,
-        muon_dtype=torch.bfloat16,
-    )
+    optimizer = new_optimizer(parameters, recipe)
     checkpoint = out / "checkpoint.pt"
     step, tokens = 0, 0
     saved = load_checkpoint(checkpoint)
@@ -145,9 +152,12 @@ def train(
     leader = worker == 0
     last_saved = time.monotonic()
     cloned = tokens / recipe.tokens > recipe.mtp_from
-    with _progress(leader) as bar, open(out / "log.jsonl", "a", encoding="utf-8") as log:
+    with (
+        progress_bar("loss {task.fields[loss]:.3f}", is_shown=leader) as bar,
+        open(out / "log.jsonl", "a", encoding="utf-8") as log,
+        interruptible() as interrupted,
+    ):
         task = bar.add_task("training nano", total=recipe.tokens, completed=tokens, loss=float("nan"))
-        interrupted = _catch_interrupt()
         stopped = False
         while tokens < min(recipe.tokens, stop_after or recipe.tokens) and not stopped:
             started = time.monotonic()
@@ -179,11 +189,16 @@ def padded_vocabulary(tokenizer: Tokenizer) -> int:
     return -(-(tokenizer.get_vocab_size() + 1) // 64) * 64
 
 
-def _catch_interrupt() -> threading.Event:
-    """Ctrl-C ends the run after the step in progress; all workers must agree on which one that is."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of raising: a run ends after the step in progress, and workers must agree on
+    which one that is."""
     interrupted = threading.Event()
-    signal.signal(signal.SIGINT, lambda signum, frame: interrupted.set())
-    return interrupted
+    before = signal.signal(signal.SIGINT, lambda signum, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _sum_over_workers(*numbers: int) -> list[int]:
@@ -207,14 +222,15 @@ def _log_line(step: int, tokens: int, rates: StepRates, report: StepReport, seco
     }
 
 
-def _progress(leader: bool) -> Progress:
+def progress_bar(detail: str, *, is_shown: bool = True) -> Progress:
+    """Tokens done and `detail`, a template over the task's fields; nothing where standard error is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} tokens, loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.completed:,.0f} tokens, " + detail),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=not leader or not os.isatty(2),
+        disable=not is_shown or not os.isatty(2),
     )
 
 

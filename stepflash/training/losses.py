@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,18 +32,26 @@ def next_token_loss(model: Step3p5ForCausalLM, hidden_states: Tensor, batch: Pac
 def mtp_losses(
     model: Step3p5ForCausalLM, hidden_states: Tensor, batch: PackedBatch, attend: Attend, num_modules: int
 ) -> list[TokenLoss]:
-    """Cross-entropy of MTP modules 1 .. num_modules, chained as in decoding.
+    """Cross-entropy of MTP modules 1 .. num_modules, chained as in decoding; arguments as `mtp_states`."""
+    losses = []
+    for module, states in enumerate(mtp_states(model, hidden_states, batch, attend, num_modules), start=1):
+        rows, targets = batch.targets(module + 1)
+        losses.append(_cross_entropy(model.mtp_compute_logits(module, states[rows]), targets))
+    return losses
+
+
+def mtp_states(
+    model: Step3p5ForCausalLM, hidden_states: Tensor, batch: PackedBatch, attend: Attend, num_modules: int
+) -> Iterator[Tensor]:
+    """Hidden states [num_tokens, hidden_size] of MTP modules 1 .. num_modules, chained as in decoding.
 
     hidden_states: the trunk's, before its final norm; detach them to leave the trunk alone. Inputs past the end of
     a document are wrong, but no target looks at them and causal attention keeps them to themselves.
     """
-    losses = []
     for module in range(1, num_modules + 1):
         input_ids = torch.cat((batch.input_ids[module:], batch.input_ids.new_zeros(module)))
         hidden_states = model.mtp_forward(module, input_ids, hidden_states, batch.positions, attend)
-        rows, targets = batch.targets(module + 1)
-        losses.append(_cross_entropy(model.mtp_compute_logits(module, hidden_states[rows]), targets))
-    return losses
+        yield hidden_states
 
 
 def offset_weights(num_modules: int, beta: float = 0.6) -> Sequence[float]:

@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from stepflash.errors import WeightsError
-from stepflash.nano.distill import WEIGHTS, Distillation, agreement_losses, distill, export_modules
+from stepflash.nano.distill import Distillation, agreement_losses, distill, export_modules
 from stepflash.nano.recipe import Recipe
 from stepflash.nano.train import make_pack
 from stepflash.training.data import pack
+from stepflash.weights.hub import NANO_FOLDER
 from stepflash.weights.load import load_model
 
 
 def test_agreement_is_that_of_the_models_own_drafts() -> None:
     """Module k at p against the trunk at p + k, by the model's conveniences for one document."""
-    model = load_model(WEIGHTS, dtype="float32", progress=False)
-    tokenizer = Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    model = load_model(NANO_FOLDER, dtype="float32", progress=False)
+    tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
     batch = make_pack(tokenizer, Recipe(), 7, 0, 0, 1.0)
     start, end = batch.cu_seqlens[2:4]
     ids, mask = batch.input_ids[start:end], batch.loss_mask[start:end].tolist()
@@ -42,13 +43,13 @@ def test_only_the_modules_learn_and_a_run_goes_on_where_it_stopped(tmp_path: Pat
         run.mkdir()
     plan = Distillation(tokens=12_000)  # two packs
     torch.set_num_threads(1)
-    distill(WEIGHTS, whole, plan)
-    distill(WEIGHTS, halves, plan, stop_after=0.0)
+    distill(NANO_FOLDER, whole, plan)
+    distill(NANO_FOLDER, halves, plan, stop_after=0.0)
     assert not (halves / "log.jsonl").read_text()
-    distill(WEIGHTS, halves, plan)
+    distill(NANO_FOLDER, halves, plan)
     for run in (whole, halves):
-        export_modules(WEIGHTS, run, run / "out")
-    before = load_file(WEIGHTS / "model.safetensors")
+        export_modules(NANO_FOLDER, run, run / "out")
+    before = load_file(NANO_FOLDER / "model.safetensors")
     after, same = (load_file(run / "out" / "model.safetensors") for run in (whole, halves))
     assert before.keys() == after.keys()
     changed = {name for name in before if not equal(before[name], after[name])}
@@ -62,7 +63,7 @@ def test_only_the_modules_learn_and_a_run_goes_on_where_it_stopped(tmp_path: Pat
 
 def test_an_export_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no modules\.pt"):
-        export_modules(WEIGHTS, tmp_path, tmp_path / "out")
+        export_modules(NANO_FOLDER, tmp_path, tmp_path / "out")
 
 
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
