@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepflash.errors import WeightsError
-from stepflash.kernels.formats import Format, pack_groups, unpack
+from stepflash.kernels.formats import Format, pack_groups, packed_bytes, unpack
 from stepflash.model.attention import PackedAttention
 from stepflash.model.block import DecoderLayer
 from stepflash.model.config import ModelConfig
@@ -144,8 +144,8 @@ class _LayerRounder:
         """Round one matrix for its inputs and put its new values into the layer."""
         full = f"{self.prefix}.{name}.weight"
         weight = materialize(self.tensors[full], torch.float32)
-        rounded, packed = self._round(full, weight[None], inputs)
-        self.packed[full] = packed[0]
+        self.packed[full] = self._empty(full)
+        rounded = self._round(full, weight[None], inputs, self.packed[full][None])
         put(self.layer, f"{name}.weight", rounded[0])
 
     def round_experts(self, moe: MoE, x: Tensor) -> Tensor:
@@ -156,28 +156,27 @@ class _LayerRounder:
         num_experts, width, hidden_size = self.tensors[names[0]].shape
         batch = max(HESSIAN_ELEMENTS // max(width, hidden_size) ** 2, 1)
         readers = [_matrices(self.tensors[name], batch) for name in names]
-        parts: list[list[Tensor]] = [[], [], []]
+        # Filled in place: long-lived pieces between the temporaries of every expert would keep the heap from
+        # giving memory back.
+        packed = [self._empty(name) for name in names]
         total = torch.zeros_like(x)
         for first, gate, up, down in zip(range(0, num_experts, batch), *readers, strict=True):
             experts = range(first, min(first + batch, num_experts))
             tokens = [self._tokens_of(expert, scores, topk_ids) for expert in experts]
             inputs = _Inputs([x[rows] for rows in tokens])
-            gate, packed = self._round(names[0], gate, inputs)
-            parts[0].append(packed)
-            up, packed = self._round(names[1], up, inputs)
-            parts[1].append(packed)
+            here = slice(experts.start, experts.stop)
+            gate = self._round(names[0], gate, inputs, packed[0][here])
+            up = self._round(names[1], up, inputs, packed[1][here])
             hidden = [
                 clamped_swiglu(F.linear(rows, gate[i]), F.linear(rows, up[i]), moe.limit)
                 for i, rows in enumerate(inputs.rows)
             ]
-            down, packed = self._round(names[2], down, _Inputs(hidden))
-            parts[2].append(packed)
+            down = self._round(names[2], down, _Inputs(hidden), packed[2][here])
             for i, expert in enumerate(experts):
                 # Tokens that only helped to calibrate have weight 0.
                 weights = (topk_weights * (topk_ids == expert))[tokens[i]].sum(-1, keepdim=True)
                 total.index_add_(0, tokens[i], F.linear(hidden[i], down[i]) * weights)
-        for name, pieces in zip(names, parts, strict=True):
-            self.packed[name] = torch.cat(pieces)
+        self.packed.update(zip(names, packed, strict=True))
         return total
 
     def _tokens_of(self, expert: int, scores: Tensor, topk_ids: Tensor) -> Tensor:
@@ -189,8 +188,14 @@ class _LayerRounder:
             chose[others.topk(missing).indices] = True
         return chose.nonzero().flatten()
 
-    def _round(self, name: str, weight: Tensor, inputs: _Inputs) -> tuple[Tensor, Tensor]:
-        """Stacked matrices [batch, n, k] -> the values they stand for, and packed bytes [batch, num_bytes]."""
+    def _empty(self, name: str) -> Tensor:
+        """Room for the packed bytes of a tensor: [num_bytes], or [num_experts, num_bytes]."""
+        fmt, shape = self.formats[name], self.tensors[name].shape
+        assert fmt is not None, f"{name} is planned as packed"
+        return torch.empty(*shape[:-2], packed_bytes(fmt, *shape[-2:]), dtype=torch.uint8)
+
+    def _round(self, name: str, weight: Tensor, inputs: _Inputs, out: Tensor) -> Tensor:
+        """Pack stacked matrices [batch, n, k] into `out` [batch, num_bytes]; returns the values they stand for."""
         fmt = self.formats[name]
         assert fmt is not None, f"{name} is planned as packed"
         if fmt.is_int4:
@@ -198,11 +203,12 @@ class _LayerRounder:
                 codes, scales = gptq(weight, inputs.factor, fmt.group)
             except ValueError as error:
                 raise WeightsError(f"{self.tensors[name].origin}: {error}") from error
-            packed = [pack_groups(c, s, fmt) for c, s in zip(codes, scales, strict=True)]
+            packed = (pack_groups(c, s, fmt) for c, s in zip(codes, scales, strict=True))
         else:
-            packed = [pack_slab(self.tensors[name], matrix, fmt) for matrix in weight]
-        values = torch.stack([unpack(data, fmt, *weight.shape[1:]) for data in packed])
-        return values, torch.stack(packed)
+            packed = (pack_slab(self.tensors[name], matrix, fmt) for matrix in weight)
+        for target, data in zip(out, packed, strict=True):
+            target.copy_(data)
+        return torch.stack([unpack(data, fmt, *weight.shape[1:]) for data in out])
 
 
 def _matrices(stored: StoredTensor, batch: int) -> Iterator[Tensor]:
