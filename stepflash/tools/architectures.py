@@ -348,7 +348,9 @@ def from_hugging_face(raw: Mapping[str, Any], name: str) -> Architecture:
 
     def size(*keys: str, default: int | None = None) -> int:
         value = next((raw[key] for key in keys if raw.get(key) is not None), default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        # A default of 0 means that the model may do without.
+        least = 0 if default == 0 else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: {keys[0]} = {value!r}: the cost model needs this size")
         return value
 
@@ -358,6 +360,10 @@ def from_hugging_face(raw: Mapping[str, Any], name: str) -> Architecture:
         size("num_attention_heads"),
     )
     types = raw.get("layer_types") or ["full_attention"] * num_layers
+    if not isinstance(types, list) or len(types) < num_layers:
+        raise ConfigError(f"{name}: layer_types does not name the attention of all {num_layers} layers")
+    if unknown := set(types[:num_layers]) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"{name}: layer_types has {min(map(str, unknown))!r}, which the cost model does not know")
     intermediate = size("intermediate_size", "moe_intermediate_size")
     experts = size("n_routed_experts", "num_experts", "num_local_experts", default=0)
     width = size("moe_intermediate_size", default=intermediate)
@@ -381,6 +387,8 @@ def from_hugging_face(raw: Mapping[str, Any], name: str) -> Architecture:
         dim = size("head_dim", default=hidden // heads)
         window = size("sliding_window") if kind == "sliding_attention" else None
         kv_heads = size("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise ConfigError(f"{name}: {heads} attention heads do not divide by {kv_heads} key-value heads")
         return grouped_query(hidden, heads, kv_heads, dim, size("v_head_dim", default=dim), window)
 
     kinds: dict[Layer, int] = {}

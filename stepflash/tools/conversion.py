@@ -18,7 +18,7 @@ from stepflash.gguf_file import write_gguf
 from stepflash.weights import gguf_export, safetensors_export
 from stepflash.weights.checkpoint import Checkpoint, compare, open_checkpoint, select_mtp
 from stepflash.weights.hub import resolve_model
-from stepflash.weights.names import expected_tensors
+from stepflash.weights.names import expected_tensors, keeps_float32
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -119,10 +119,17 @@ def _notes(checkpoint: Checkpoint, type_name: str) -> list[str]:
     found = {tensor.dtype_name for tensor in checkpoint.tensors.values()}
     notes = []
     quantised = sorted(found - {"F32", "BF16", "F16"})
-    if quantised and type_name not in ("f32",):
+    if quantised and type_name != "f32":
         notes.append(
             f"the source is quantised ({', '.join(quantised)}); its decoded values were rounded again"
         )
+    floats = {
+        tensor.dtype_name
+        for tensor in checkpoint.tensors.values()
+        if len(tensor.shape) > 1 and not keeps_float32(tensor.name)
+    }
+    if type_name == "bf16" and (wider := sorted(floats & {"F32", "F16"})):
+        notes.append(f"matrices of {' and '.join(wider)} were rounded to BF16; --type f32 keeps every bit")
     if checkpoint.vision:
         notes.append(f"{len(checkpoint.vision)} tensors of the image tower were left out")
     return notes

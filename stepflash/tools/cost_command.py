@@ -84,7 +84,10 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         labels = [_thousands(context) for context in SWEEP]
         title = "Cost of a decoded token / Step 3.5 Flash at 128K, against context"
-        Path(options.plot).write_text(plot.svg_plot(title, labels, sweep), encoding="utf-8")
+        try:
+            Path(options.plot).write_text(plot.svg_plot(title, labels, sweep), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{options.plot}: cannot write: {error.strerror or error}") from error
     if options.json:
         for row in rows:
             row["by_context"] = [

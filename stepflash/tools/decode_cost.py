@@ -38,8 +38,12 @@ class Serving:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        if not (self.speed > 0 and 0 <= self.num_drafts <= 16 and self.num_gpus >= 1):
-            raise ConfigError(f"speed and GPUs must be positive and drafts 0 to 16, got {self}")
+        if not self.speed > 0:
+            raise ConfigError(f"speed must be positive, got {self.speed:g}")
+        if not 0 <= self.num_drafts <= 16:
+            raise ConfigError(f"drafts must be between 0 and 16, got {self.num_drafts}")
+        if self.num_gpus < 1:
+            raise ConfigError(f"gpus must be at least 1, got {self.num_gpus}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +98,12 @@ class Assumptions:
             raise ConfigError(f"acceptance must be between 0 and 1, got {self.acceptance}")
         if self.context < 1:
             raise ConfigError(f"context must be at least 1, got {self.context}")
-        if not (0 < self.efficiency <= 1 and self.layer_latency_us >= 0 and self.imbalance >= 1):
-            raise ConfigError("efficiency must be in (0, 1], the latency 0 or more, the imbalance 1 or more")
+        if not 0 < self.efficiency <= 1:
+            raise ConfigError(f"efficiency must be above 0 and at most 1, got {self.efficiency:g}")
+        if not self.layer_latency_us >= 0:
+            raise ConfigError(f"the latency of a layer must be 0 or more, got {self.layer_latency_us:g} us")
+        if not self.imbalance >= 1:
+            raise ConfigError(f"imbalance must be at least 1, got {self.imbalance:g}")
 
 
 # Where each assumption comes from. "fitted": chosen among several while looking at the card's ratios.

@@ -114,6 +114,12 @@ class Machine:
             return self.memory_bytes * GPU_USABLE_FRACTION
         return self.memory_bytes - min(UNIFIED_RESERVE_BYTES, UNIFIED_RESERVE_SHARE * self.memory_bytes)
 
+    def memory_for(self, num_bytes: float) -> float:
+        """The memory of which so much would be usable: the inverse of `usable_bytes`."""
+        if self.kind == "gpu":
+            return num_bytes / GPU_USABLE_FRACTION
+        return min(num_bytes + UNIFIED_RESERVE_BYTES, num_bytes / (1 - UNIFIED_RESERVE_SHARE))
+
     @property
     def reserve(self) -> str:
         """Why `usable_bytes` is less than the memory."""

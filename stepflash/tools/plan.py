@@ -7,6 +7,8 @@ bare no. Ceilings are not predictions: real engines reach a part of them.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,10 +16,11 @@ from stepflash.errors import ConfigError
 from stepflash.model import cost
 from stepflash.model.config import DTYPE_BYTES, LayerConfig, ModelConfig
 from stepflash.tools.decode_cost import expected_tokens
-from stepflash.tools.hardware import Machine, show_bytes
+from stepflash.tools.hardware import GB, Machine, show_bytes
 from stepflash.tools.weight_formats import FORMATS, WeightFormat, sizes, weight_bytes_read, without_mtp
 
 SPLITS = ("tensor", "expert", "layers")
+SPLIT_COUNTS = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +102,21 @@ class Plan:
         return asdict(self)
 
 
-def kv_cache_bytes(config: ModelConfig, request: Request, context: int | None = None) -> int:
-    """Keys and values of all streams: what grows with the context, and full windows of the sliding layers."""
+def kv_cache_bytes(
+    config: ModelConfig,
+    request: Request,
+    context: int | None = None,
+    layers: Sequence[LayerConfig] | None = None,
+) -> int:
+    """Keys and values of all streams: what grows with the context, and full windows of the sliding layers.
+
+    Args:
+        context: instead of the request's.
+        layers: only of these.
+    """
     tokens = request.context if context is None else context
-    layers = config.layers if request.with_mtp else config.trunk_layers
+    if layers is None:
+        layers = config.layers if request.with_mtp else config.trunk_layers
     positions = ((layer, tokens if layer.window is None else layer.window) for layer in layers)
     return request.streams * sum(count * _position_bytes(layer, request) for layer, count in positions)
 
@@ -126,7 +140,7 @@ def splits(config: ModelConfig, fmt: WeightFormat, count: int) -> tuple[Split, .
     remarks = {
         "tensor": _replication(config, count),
         "expert": [f"{config.num_experts // count} experts on each device", *_replication(config, count)],
-        "layers": ["devices take turns: a stream sees the bandwidth of one"],
+        "layers": ["whole layers, devices take turns: a stream sees the bandwidth of one"],
     }
     if count > config.num_layers:
         obstacles["layers"].append(f"{config.num_layers} layers are fewer than {count} devices")
@@ -178,24 +192,44 @@ def _expert_obstacles(config: ModelConfig, count: int) -> list[str]:
     return []
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What a device holds: weights, and `kv_share` of the keys and values of some layers."""
+
+    weights: float
+    layers: tuple[LayerConfig, ...]
+    kv_share: float
+
+    def kv_bytes(self, config: ModelConfig, request: Request, context: int | None = None) -> float:
+        return self.kv_share * kv_cache_bytes(config, request, context, self.layers)
+
+    def longest(self, config: ModelConfig, request: Request, room: float) -> int:
+        """The context for which `room` is enough."""
+        fixed = self.kv_bytes(config, request, 0)
+        per_token = self.kv_bytes(config, request, 1) - fixed
+        if room < fixed:
+            return 0
+        return int((room - fixed) / per_token) if per_token else config.max_position_embeddings
+
+
 def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightFormat, request: Request) -> Plan:
     """One format on one machine: fit, limits, split and ceilings."""
     if not request.with_mtp:
         config = without_mtp(config)
     stored = sizes(config, fmt)
     split = _choose_split(config, fmt, machine.count, request.split)
-    kv_share = _kv_share(config, split)
-    weights = (stored.trunk + stored.mtp) / machine.count
-    kv = kv_cache_bytes(config, request)
+    shares = _shares(config, fmt, split)
     available = machine.usable_bytes
-    room = max(0.0, available - weights) / kv_share
-    fixed = kv_cache_bytes(config, request, context=0)
-    per_token = kv_cache_bytes(config, request, context=1) - fixed
-    longest = int((room - fixed) / per_token) if per_token and room > fixed else 0
-    max_streams = int(room / (kv / request.streams))
-    limit = _find_limit(config, machine, request, split, weights, kv * kv_share)
-    if limit is not None and limit.quantity == "kv_cache":
-        limit = replace(limit, reason=f"{limit.reason}; {_remedies(request, limit, longest, max_streams)}")
+    rooms = [max(0.0, available - share.weights) for share in shares]
+    needs = [share.kv_bytes(config, request) for share in shares]
+    longest = min(share.longest(config, request, room) for share, room in zip(shares, rooms, strict=True))
+    max_streams = min(
+        int(room / (need / request.streams)) for room, need in zip(rooms, needs, strict=True) if need
+    )
+    limit = _find_limit(config, machine, request, split, shares)
+    if limit is not None:
+        remedies = _remedies(config, machine, fmt, request, limit, longest, max_streams)
+        limit = replace(limit, reason=limit.reason + remedies)
     return Plan(
         model=model,
         machine=machine.name,
@@ -204,14 +238,32 @@ def make_plan(config: ModelConfig, model: str, machine: Machine, fmt: WeightForm
         limit=limit,
         weight_bytes=stored.trunk,
         mtp_bytes=stored.mtp,
-        kv_bytes=kv,
-        device_bytes=weights + kv * kv_share,
+        kv_bytes=kv_cache_bytes(config, request),
+        device_bytes=max(share.weights + need for share, need in zip(shares, needs, strict=True)),
         device_available_bytes=available,
         max_context=min(longest, config.max_position_embeddings),
         max_streams=max_streams,
         split=split,
         ceilings=_ceilings(config, machine, fmt, request, split) if limit is None else (),
     )
+
+
+def _shares(config: ModelConfig, fmt: WeightFormat, split: Split) -> list[_Share]:
+    """What the devices hold: one entry if it is the same for all, else one for each."""
+    stored = sizes(config, fmt)
+    if split.kind != "layers":
+        share = 1 / min(split.count, min(layer.num_kv_heads for layer in config.layers))
+        weights = (stored.trunk + stored.mtp) / split.count
+        return [_Share(weights=weights, layers=config.layers, kv_share=share)]
+    # Whole layers one after the other, prediction modules last, as llama.cpp does it: not all devices get as many.
+    by_layer = [*stored.layers, *stored.mtp_modules]
+    by_layer[0] += stored.embedding
+    by_layer[-1] += stored.after_layers
+    bounds = [len(by_layer) * i // split.count for i in range(split.count + 1)]
+    return [
+        _Share(weights=sum(by_layer[first:end]), layers=config.layers[first:end], kv_share=1.0)
+        for first, end in zip(bounds, bounds[1:], strict=False)
+    ]
 
 
 def _choose_split(config: ModelConfig, fmt: WeightFormat, count: int, wanted: str) -> Split:
@@ -226,17 +278,12 @@ def _choose_split(config: ModelConfig, fmt: WeightFormat, count: int, wanted: st
     return next((option for option in options if option.is_legal), options[0])
 
 
-def _kv_share(config: ModelConfig, split: Split) -> float:
-    """Part of the cache that each device holds."""
-    if split.kind == "layers":
-        return 1 / split.count
-    return 1 / min(split.count, min(layer.num_kv_heads for layer in config.layers))
-
-
 def _find_limit(
-    config: ModelConfig, machine: Machine, request: Request, split: Split, weights: float, kv: float
+    config: ModelConfig, machine: Machine, request: Request, split: Split, shares: Sequence[_Share]
 ) -> Limit | None:
     available = machine.usable_bytes
+    weights = max(share.weights for share in shares)
+    fullest = max(shares, key=lambda share: share.weights + share.kv_bytes(config, request))
     each = f" on each of {machine.count} devices" if machine.count > 1 else ""
     memory = f"{show_bytes(available)} usable of {show_bytes(machine.memory_bytes)}{each}"
     if request.context > config.max_position_embeddings:
@@ -252,23 +299,50 @@ def _find_limit(
     if weights > available:
         reason = f"weights {show_bytes(weights)} > {memory}"
         return Limit(quantity="weights", needed=weights, available=available, reason=reason)
-    if weights + kv > available:
+    kv, room = fullest.kv_bytes(config, request), available - fullest.weights
+    if kv > room:
         reason = (
             f"keys and values {show_bytes(kv)} for {request.streams} x {request.context:,} tokens"
-            f" > {show_bytes(available - weights)} left beside weights {show_bytes(weights)} of {memory}"
+            f" > {show_bytes(room)} left beside weights {show_bytes(fullest.weights)} of {memory}"
         )
-        return Limit(quantity="kv_cache", needed=kv, available=available - weights, reason=reason)
+        return Limit(quantity="kv_cache", needed=kv, available=room, reason=reason)
     return None
 
 
-def _remedies(request: Request, limit: Limit, longest: int, max_streams: int) -> str:
-    """What would fit instead of a cache that does not."""
-    options = [f"{request.streams} x {longest:,} tokens"] if longest else []
-    if max_streams:
-        options.append(f"{max_streams} x {request.context:,} tokens")
-    if DTYPE_BYTES[request.kv_dtype] == 2 and limit.needed / 2 <= limit.available:
-        options.append("8-bit keys and values")
-    return (" or ".join(options) or "nothing") + " would fit"
+def _remedies(
+    config: ModelConfig,
+    machine: Machine,
+    fmt: WeightFormat,
+    request: Request,
+    limit: Limit,
+    longest: int,
+    max_streams: int,
+) -> str:
+    """What would fit instead, for the end of the reason: less cache, or more memory."""
+    options = []
+    if limit.quantity == "kv_cache":
+        options += [f"{request.streams} x {longest:,} tokens"] if longest else []
+        options += [f"{max_streams} x {request.context:,} tokens"] if max_streams else []
+        if DTYPE_BYTES[request.kv_dtype] == 2 and limit.needed / 2 <= limit.available:
+            options.append("8-bit keys and values")
+    if options:
+        return f"; {' or '.join(options)} would fit"
+    if limit.quantity in ("weights", "kv_cache"):
+        return f"; {_enough_memory(config, machine, fmt, request)} would do"
+    return ""
+
+
+def _enough_memory(config: ModelConfig, machine: Machine, fmt: WeightFormat, request: Request) -> str:
+    """More devices of the kind where it has several, else the memory that one needs."""
+    if machine.kind == "gpu":
+        for count in (n for n in SPLIT_COUNTS if n > machine.count):
+            shares = _shares(config, fmt, _choose_split(config, fmt, count, request.split))
+            if max(s.weights + s.kv_bytes(config, request) for s in shares) <= machine.usable_bytes:
+                return f"{count} such GPUs"
+    shares = _shares(config, fmt, _choose_split(config, fmt, machine.count, request.split))
+    needed = max(share.weights + share.kv_bytes(config, request) for share in shares)
+    each = " each" if machine.count > 1 else ""
+    return f"{math.ceil(machine.memory_for(needed) / GB):,} GB of memory{each}"
 
 
 def _ceilings(
@@ -277,10 +351,13 @@ def _ceilings(
     """One for each number of drafts; empty if the bandwidth is not known."""
     if machine.bandwidth is None:
         return ()
-    # In a split by layers the devices take turns.
-    working = 1 if split.kind == "layers" else machine.count
+    # In a split by layers the devices take turns, but each can work for other streams meanwhile.
+    in_turn = split.kind == "layers"
+    working = 1 if in_turn else machine.count
+    groups = min(machine.count, request.streams) if in_turn else 1
+    bandwidth = machine.bandwidth * working
     return tuple(
-        step_ceiling(config, fmt, request, depth, machine.bandwidth * working, machine.bf16_rate, working)
+        step_ceiling(config, fmt, request, depth, bandwidth, machine.bf16_rate, working, groups)
         for depth in range(config.num_mtp_layers + 1)
     )
 
@@ -293,11 +370,17 @@ def step_ceiling(
     bandwidth: float,
     rate: float | None = None,
     devices: int = 1,
+    groups: int = 1,
 ) -> Ceiling:
-    """Upper bound from bytes read at `bandwidth` and, if known, from operations at `rate` a device."""
-    num_tokens = request.streams * (1 + num_drafts)
-    num_bytes = weight_bytes_read(config, fmt, num_tokens, num_drafts) + kv_bytes_read(
-        config, request, num_drafts
+    """Upper bound from bytes read at `bandwidth` and, if known, from operations at `rate` a device.
+
+    Args:
+        groups: the streams are as many groups, whose steps overlap in a pipeline; bytes are those of one.
+    """
+    num_tokens = request.streams * (1 + num_drafts) / groups
+    num_bytes = (
+        weight_bytes_read(config, fmt, num_tokens, num_drafts)
+        + kv_bytes_read(config, request, num_drafts) / groups
     )
     seconds, bound = num_bytes / bandwidth, "bandwidth"
     if rate is not None:

@@ -13,7 +13,7 @@ from stepflash.errors import ConfigError
 from stepflash.model.config import ModelConfig
 from stepflash.tools.architectures import RELEASED_CONFIG
 from stepflash.tools.hardware import MACHINES, Machine, parse_quantity, show_bytes
-from stepflash.tools.plan import SPLITS, Plan, Request, plans, recommend, splits
+from stepflash.tools.plan import SPLIT_COUNTS, SPLITS, Plan, Request, plans, recommend, splits
 from stepflash.tools.serving_commands import commands
 from stepflash.tools.weight_formats import FORMATS, sizes, without_mtp
 
@@ -24,7 +24,6 @@ BUILT_IN = "step-3.5-flash"
 RELEASED = (BUILT_IN, "stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.5-Flash-FP8")  # one configuration
 KV_DTYPES = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 DEFAULTS = Request()
-SPLIT_COUNTS = (2, 4, 8, 16, 32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +173,7 @@ def _machine(options: argparse.Namespace) -> Machine | None:
         memory_bytes=size,
         bandwidth=speed,
         count=count,
+        bf16_rate=preset.bf16_rate if preset else None,
     )
 
 

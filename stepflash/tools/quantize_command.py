@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,13 +125,26 @@ def run(options: argparse.Namespace, accuracy: Accuracy) -> int:
             )
     tasks = None
     if options.tasks:
-        before, after = (accuracy(path, options.tasks) for path in (source.path, options.out))
+        with _silent_loading():
+            before, after = (accuracy(path, options.tasks) for path in (source.path, options.out))
         tasks = {tier: {"before": before[tier], "after": after[tier]} for tier in before}
     receipt = write_receipt(options.out, tensors, asdict(recipe), quality, key, tasks)
     if key is not None:
         print(f"signed with the public key {public_hex(key)}", file=sys.stderr)
     _print(options, receipt)
     return 0 if quality is None or quality.passed else 1
+
+
+@contextmanager
+def _silent_loading() -> Iterator[None]:
+    """Without the loader's warnings: that the checkpoint has no receipt yet is no news here."""
+    log = logging.getLogger("stepflash.weights.receipt")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _has_nanos_tokenizer(path: Path) -> bool:
@@ -163,6 +178,13 @@ def _print(options: argparse.Namespace, receipt: dict[str, Any]) -> None:
         return
     print(f"{options.out}: {num_bytes / 1e6:,.1f} MB, {bits:.2f} bits a weight")
     print(verdict(read_receipt(options.out)))
+    if receipt["quality"] is not None and not receipt["quality"]["passed"]:
+        limits = receipt["quality"]["limits"]
+        print(
+            f"did not pass: wanted are a mean KL of at most {limits['mean_kl']:g} and an agreement of at least "
+            f"{limits['top1_agreement']:.0%}; try --format int8, more --protect, calibration on text of its own "
+            "use, or measure on such text (--text)"
+        )
     for tier, found in (receipt["tasks"] or {}).items():
         before, after = found["before"], found["after"]
         print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -348,8 +348,3 @@ def write_receipt(
     os.replace(part, out / RECEIPT_NAME)
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     return values
-
-
-def worst_layers(quality: Quality, count: int = 3) -> Iterator[LayerAgreement]:
-    """The layers with the largest error of their own."""
-    yield from sorted(quality.layers, key=lambda layer: -layer.error)[:count]

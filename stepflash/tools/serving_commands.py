@@ -22,6 +22,7 @@ RELEASED_FP8 = "stepfun-ai/Step-3.5-Flash-FP8"
 GGUF_FILE = {"q4_k_s": "step3.5_flash_Q4_K_S.gguf", "q8_0": "step3.5_flash_Q8_0.gguf"}
 PARSERS = ["--reasoning-parser", "step3p5", "--tool-call-parser", "step3p5"]
 NOT_VERIFIED = "from the model's README; not run here on the full model"
+NO_DRAFTS = "; layers one after the other: without drafts, which its pipelines do not take"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,8 @@ def _checkpoint(plan: Plan, model: str | None) -> str:
 
 def _vllm(plan: Plan, request: Request, model: str | None) -> Command:
     words = ["vllm", "serve", _checkpoint(plan, model), "--served-model-name", "step3p5-flash"]
-    words += ["--tensor-parallel-size", str(plan.split.count)]
+    in_turn = plan.split.kind == "layers"
+    words += [f"--{'pipeline' if in_turn else 'tensor'}-parallel-size", str(plan.split.count)]
     if plan.split.kind == "expert":
         words.append("--enable-expert-parallel")
     words += ["--max-model-len", str(request.context), "--max-num-seqs", str(request.streams)]
@@ -100,7 +102,9 @@ def _vllm(plan: Plan, request: Request, model: str | None) -> Command:
         words += ["--kv-cache-dtype", "fp8"]
     words += ["--disable-cascade-attn", "--enable-auto-tool-choice", *PARSERS]
     note = NOT_VERIFIED
-    if request.with_mtp:
+    if in_turn:
+        note += NO_DRAFTS
+    elif request.with_mtp:
         words += ["--hf-overrides", '{"num_nextn_predict_layers": 1}']
         words += ["--speculative_config", '{"method": "step3p5_mtp", "num_speculative_tokens": 1}']
         note += "; one draft only"
@@ -119,7 +123,8 @@ def _sglang(plan: Plan, request: Request, model: str | None) -> Command:
         "--served-model-name",
         "step3p5-flash",
     ]
-    words += ["--tp-size", str(plan.split.count)]
+    in_turn = plan.split.kind == "layers"
+    words += ["--pp-size" if in_turn else "--tp-size", str(plan.split.count)]
     if plan.split.kind == "expert":
         words += ["--ep-size", str(plan.split.count)]
     words += [
@@ -129,14 +134,18 @@ def _sglang(plan: Plan, request: Request, model: str | None) -> Command:
         str(request.streams),
         *PARSERS,
     ]
-    if request.with_mtp:
+    note = NOT_VERIFIED
+    is_drafting = request.with_mtp and not in_turn
+    if in_turn:
+        note += NO_DRAFTS
+    if is_drafting:
         words += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"]
         words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"]
         words.append("--enable-multi-layer-eagle")
     if request.kv_dtype != "bfloat16":
         words += ["--kv-cache-dtype", "fp8_e4m3"]
-    line = "SGLANG_ENABLE_SPEC_V2=1 " + shlex.join(words)
-    return Command(engine="sglang", line=line, note=NOT_VERIFIED)
+    line = "SGLANG_ENABLE_SPEC_V2=1 " * is_drafting + shlex.join(words)
+    return Command(engine="sglang", line=line, note=note)
 
 
 def _llama_cpp(plan: Plan, request: Request, model: str | None) -> Command:

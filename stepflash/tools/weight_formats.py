@@ -74,12 +74,16 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Bytes of a model in one format; `matrices` is the rest: attention, dense and shared experts, LM head, norms."""
+    """Bytes of a model in one format; `matrices` is the rest: attention, dense and shared experts, LM head, norms.
+
+    layers: of each trunk layer; the embedding and what follows the last layer are not in them.
+    """
 
     experts: float
     matrices: float
     router: float
     embedding: float
+    layers: tuple[float, ...]
     mtp_modules: tuple[float, ...]
 
     @property
@@ -89,6 +93,11 @@ class Sizes:
     @property
     def mtp(self) -> float:
         return sum(self.mtp_modules)
+
+    @property
+    def after_layers(self) -> float:
+        """The last norm and the LM head."""
+        return self.trunk - self.embedding - sum(self.layers)
 
 
 def without_mtp(config: ModelConfig) -> ModelConfig:
@@ -103,14 +112,15 @@ def sizes(config: ModelConfig, fmt: WeightFormat) -> Sizes:
         config, fmt
     )
     kinds = dict.fromkeys(("experts", "matrices", "router", "embedding"), 0.0)
-    modules = [0.0] * config.num_mtp_layers
+    layers = [0.0] * (config.num_layers + config.num_mtp_layers)
     for row in expected(config):
-        layer = layer_of(row.released)
-        if layer is not None and layer >= config.num_layers:
-            modules[layer - config.num_layers] += num_bytes(row)
-        else:
-            kinds[_kind(row)] += num_bytes(row)
-    return Sizes(**kinds, mtp_modules=tuple(modules))
+        layer, size = layer_of(row.released), num_bytes(row)
+        if layer is None or layer < config.num_layers:
+            kinds[_kind(row)] += size
+        if layer is not None:
+            layers[layer] += size
+    trunk, modules = layers[: config.num_layers], layers[config.num_layers :]
+    return Sizes(**kinds, layers=tuple(trunk), mtp_modules=tuple(modules))
 
 
 def _kind(row: ExpectedTensor) -> str:
@@ -167,7 +177,7 @@ def touched_fraction(num_experts: int, num_experts_per_tok: int, num_tokens: flo
     return 1.0 - math.pow(1.0 - num_experts_per_tok / num_experts, num_tokens)
 
 
-def weight_bytes_read(config: ModelConfig, fmt: WeightFormat, num_tokens: int, num_drafts: int) -> float:
+def weight_bytes_read(config: ModelConfig, fmt: WeightFormat, num_tokens: float, num_drafts: int) -> float:
     """Weight bytes that one step reads when it computes `num_tokens` tokens and runs `num_drafts` modules."""
     stored = sizes(config, fmt)
     fraction = touched_fraction(config.num_experts, config.num_experts_per_tok, num_tokens)

@@ -115,6 +115,7 @@ def test_plan_of_a_folder_and_of_a_changed_preset(capsys: pytest.CaptureFixture[
     assert MICRO in report["machines"][0]["commands"][-1]["line"]
     _, out, _ = run("plan", "--machine", "h100", "--gpus", "16", "--json", capsys=capsys)
     machine = json.loads(out)["machines"][0]["machine"]
+    assert machine["bf16_rate"] == 989e12  # more of them are not slower
     assert (machine["count"], machine["memory_bytes"], machine["kind"]) == (16, 80e9, "gpu")
 
 
@@ -130,7 +131,12 @@ def test_plan_of_a_folder_and_of_a_changed_preset(capsys: pytest.CaptureFixture[
         (("plan", "no-such-model"), "neither a file, nor a folder"),
         (("cost", "no-such-model"), "neither a file, nor a folder"),
         (("cost", "--acceptance", "2"), "acceptance must be between 0 and 1"),
-        (("cost", "--gpus", "0", MICRO), "must be positive"),
+        (("cost", "--gpus", "0", MICRO), "gpus must be at least 1, got 0"),
+        (("cost", "--drafts", "-1", MICRO), "drafts must be between 0 and 16, got -1"),
+        (("cost", "--speed", "0", MICRO), "speed must be positive, got 0"),
+        (("cost", "--efficiency", "0"), "efficiency must be above 0 and at most 1, got 0"),
+        (("cost", "--layer-latency-us", "-1"), "latency of a layer must be 0 or more, got -1"),
+        (("cost", "--plot", "/no/such/folder/x.svg"), "x.svg: cannot write: No such file"),
         (("cost", "--bf16-tflops", "0"), "--bf16-tflops must be positive"),
         (("cost", "--gpu", "H300"), "invalid choice"),
     ],

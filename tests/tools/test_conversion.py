@@ -341,6 +341,16 @@ def test_bad_weights_leave_nothing_behind(tmp_path: Path, to: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+def test_rounding_of_float32_matrices_is_told(tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    assert not convert(MICRO, wide, "safetensors", "f32").notes
+    assert convert(wide, tmp_path / "m.gguf", "gguf", "bf16").notes == (
+        "matrices of F32 were rounded to BF16; --type f32 keeps every bit",
+    )
+    assert not convert(wide, tmp_path / "f32.gguf", "gguf", "f32").notes
+    assert not convert(MICRO, tmp_path / "same.gguf", "gguf", "bf16").notes
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(MICRO), str(tmp_path / "m.gguf"), "--to", "gguf", "--type", "q8_0"]) == 0
     output = capsys.readouterr()

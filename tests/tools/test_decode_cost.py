@@ -184,6 +184,25 @@ def test_hugging_face_keys_of_other_models() -> None:
         architectures.from_hugging_face(raw, "GLM-4.7")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size = 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_key_value_heads": 3}, "4 attention heads do not divide by 3 key-value heads"),
+        ({"layer_types": ["full_attention"]}, "layer_types does not name the attention of all 2 layers"),
+        ({"layer_types": ["full_attention", "conv"]}, "layer_types has 'conv'"),
+        ({"vocab_size": 1e5}, "vocab_size = 100000.0"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(change: dict[str, object], message: str) -> None:
+    raw: dict[str, object] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    raw |= {"num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 100}
+    assert architectures.from_hugging_face(raw, "x").vocab_size == 100
+    with pytest.raises(ConfigError, match=message):
+        architectures.from_hugging_face(raw | change, "x")
+
+
 def test_hugging_face_keys_of_latent_attention() -> None:
     raw = {
         "hidden_size": 7168,

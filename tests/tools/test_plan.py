@@ -1,6 +1,8 @@
 """The planner against numbers derived by hand, and properties of what fits."""
 
 import math
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflash.cli import build_parser
 from stepflash.engine.kv_cache import LOOKAHEAD_SLOTS, CacheLimits, plan_blocks
 from stepflash.errors import ConfigError
 from stepflash.gguf_file import read_gguf
@@ -20,7 +23,7 @@ from stepflash.tools.quantize import make_recipe, quantize_checkpoint
 from stepflash.tools.serving_commands import commands, engine_cache_bytes
 from stepflash.tools.weight_formats import FORMATS, sizes, weight_bytes_read, without_mtp
 from stepflash.weights.checkpoint import open_checkpoint
-from stepflash.weights.names import ROPE_FREQS, keeps_float32
+from stepflash.weights.names import ROPE_FREQS, expected_tensors, keeps_float32, layer_of
 from stepflash.weights.random_checkpoint import write_random_checkpoint
 from stepflash.weights.safetensors import read_header
 from tests.tools.test_conversion import SMALL
@@ -170,6 +173,25 @@ def test_refused_by_weights() -> None:
     assert "398.8 GB > 121.0 GB usable of 128.0 GB" in limit.reason
 
 
+def test_refused_weights_name_what_would_do() -> None:
+    reason = plan_of(SPARK, "int4-g32").limit.reason
+    size = int(re.search(r"; (\d+) GB of memory would do$", reason)[1])
+    assert plan_of(replace(SPARK, memory_bytes=size * 1e9), "int4-g32").fits
+    assert not plan_of(replace(SPARK, memory_bytes=(size - 1) * 1e9), "int4-g32").fits
+    h100 = MACHINES["h100"]
+    count = int(re.search(r"; (\d+) such GPUs would do$", plan_of(h100, "fp8").limit.reason)[1])
+    assert plan_of(replace(h100, count=count), "fp8").fits
+    assert not plan_of(replace(h100, count=count // 2), "fp8").fits
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_bytes=st.floats(1, 1e13), kind=st.sampled_from(["gpu", "unified", "cpu"]))
+def test_memory_for_is_the_inverse_of_usable(num_bytes: float, kind: str) -> None:
+    machine = Machine(name="m", kind=kind, memory_bytes=1e9, bandwidth=None)
+    enough = replace(machine, memory_bytes=machine.memory_for(num_bytes))
+    assert enough.usable_bytes == pytest.approx(num_bytes)
+
+
 def test_refused_by_keys_and_values() -> None:
     plan = plan_of(SPARK, "q4_k_s", context=262144)
     assert plan.limit.quantity == "kv_cache"
@@ -212,6 +234,40 @@ def test_splits(format_name: str, count: int, legal: set[str]) -> None:
     found = splits(CONFIG, FORMATS[format_name], count)
     assert {split.kind for split in found if split.is_legal} == legal
     assert all(split.reasons for split in found if not split.is_legal)
+
+
+@pytest.mark.parametrize("with_mtp", [True, False])
+def test_whole_layers_are_shared_unevenly(with_mtp: bool) -> None:
+    """Twelve full layers in 45 or 48, in bf16 over seven devices: the fullest by brute force from the shapes."""
+    machine = Machine(name="m", kind="gpu", memory_bytes=1e12, bandwidth=None, count=7)
+    plan = plan_of(machine, "bf16", split="layers", context=100_000, with_mtp=with_mtp)
+    config = CONFIG if with_mtp else without_mtp(CONFIG)
+    count = 48 if with_mtp else 45
+    fullest = 0
+    for device in range(7):
+        here = range(count * device // 7, count * (device + 1) // 7)
+        shapes = {
+            name: math.prod(shape)
+            for name, shape in expected_tensors(config).items()
+            if layer_of(name) in here
+            or (device == 0 and "embed_tokens" in name)
+            or (device == 6 and name in ("model.norm.weight", "lm_head.weight"))
+        }
+        positions = sum(100_000 if layer % 4 == 0 and layer < 45 else 512 for layer in here)
+        fullest = max(fullest, 2 * sum(shapes.values()) + 4096 * positions)
+    assert plan.device_bytes == fullest
+    assert plan.device_bytes > (plan.weight_bytes + plan.mtp_bytes + plan.kv_bytes) / 7
+
+
+def test_groups_of_streams_overlap_in_a_pipeline() -> None:
+    """Two devices with half of the layers each: two streams run at the speed of one, both together at twice that."""
+    machine = Machine(name="m", kind="gpu", memory_bytes=1e12, bandwidth=1e12, count=2)
+    one, two = (
+        plan_of(machine, "bf16", split="layers", streams=n).ceilings[0].tokens_per_second for n in (1, 2)
+    )
+    assert two == pytest.approx(2 * one)
+    alone = replace(machine, count=1)
+    assert one == pytest.approx(plan_of(alone, "bf16").ceilings[0].tokens_per_second)
 
 
 def test_reasons_of_splits_name_the_numbers() -> None:
@@ -281,6 +337,31 @@ def test_commands_carry_the_plan() -> None:
     assert "--ep-size 8" in lines["sglang"].line
     assert "--speculative-num-draft-tokens 4" in lines["sglang"].line
     assert all("not run here" in command.note for command in lines.values())
+
+
+def test_commands_for_whole_layers_are_pipelines() -> None:
+    """64 query heads do not divide by 3: tensor parallelism of 3 would be refused by both servers."""
+    machine = Machine(name="m", kind="gpu", memory_bytes=80e9, bandwidth=None, count=3)
+    plan = plan_of(machine, "fp8")
+    assert plan.split.kind == "layers"
+    vllm, sglang = commands(CONFIG, plan, machine, Request())
+    assert "--pipeline-parallel-size 3" in vllm.line
+    assert "--pp-size 3" in sglang.line
+    for command in (vllm, sglang):
+        assert not re.search("tensor-parallel|--tp-size|speculative|SPEC|num_nextn", command.line)
+        assert "without drafts" in command.note
+
+
+def test_printed_stepflash_commands_are_understood() -> None:
+    """Every option of the commands exists, with such a value."""
+    for name, kv_dtype in (("q4_k_s", "int8"), ("int4-g128", "bfloat16"), ("q8_0", "bfloat16")):
+        machine = replace(SPARK, memory_bytes=512e9)
+        request = Request(context=1000, kv_dtype=kv_dtype)
+        plan = plan_of(machine, name, context=1000, kv_dtype=kv_dtype)
+        for line in commands(CONFIG, plan, machine, request)[-1].line.split(" && "):
+            program, *arguments = shlex.split(line)
+            assert program == "stepflash"
+            build_parser().parse_args(arguments)
 
 
 def test_commands_of_a_small_machine() -> None:

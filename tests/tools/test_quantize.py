@@ -234,6 +234,16 @@ def test_protected_layers_have_little_error_of_their_own(made: Path) -> None:
     assert [layer["routing"] is None for layer in layers] == [True, True] + [False] * 6
 
 
+def test_what_does_not_pass_says_what_was_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights amplify every rounding: micro at 4 bits is far from its original."""
+    out = tmp_path / "out"
+    assert main(["quantize", str(MICRO), str(out), "--rounding", "nearest"]) == 1
+    told = capsys.readouterr().out
+    assert "did not pass: wanted are a mean KL of at most 0.15 and an agreement of at least 85%" in told
+
+
 def test_a_flipped_bit_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (file,) = copy.glob("*.safetensors")
     for place in (0.3, 0.9999):  # a packed tensor, and one of the floats at the end
@@ -286,10 +296,13 @@ def test_good_unknown_and_bad(
 # ---- while loading ------------------------------------------------------------------------------------------
 
 
-def test_tasks_of_nano_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_of_nano_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """One prompt of each task; int8 answers nearly as well as the original, which is far above guessing."""
     command = ["quantize", "nano", str(tmp_path / "out"), "--format", "int8", "--no-measure", "--json"]
     assert main([*command, "--tasks", "1"]) == 0
+    assert "stepflash-receipt.json" not in caplog.text  # the receipt is not there yet
     told = json.loads(capsys.readouterr().out)["tasks"]
     assert told == read_receipt(tmp_path / "out").values["tasks"]
     for tier, least in (("easy", 0.7), ("hard", 0.45)):
