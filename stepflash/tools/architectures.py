@@ -363,7 +363,9 @@ def from_hugging_face(raw: Mapping[str, Any], name: str) -> Architecture:
     if not isinstance(types, list) or len(types) < num_layers:
         raise ConfigError(f"{name}: layer_types does not name the attention of all {num_layers} layers")
     if unknown := set(types[:num_layers]) - {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"{name}: layer_types has {min(map(str, unknown))!r}, which the cost model does not know")
+        raise ConfigError(
+            f"{name}: layer_types has {min(map(str, unknown))!r}, which the cost model does not know"
+        )
     intermediate = size("intermediate_size", "moe_intermediate_size")
     experts = size("n_routed_experts", "num_experts", "num_local_experts", default=0)
     width = size("moe_intermediate_size", default=intermediate)

@@ -7,6 +7,7 @@ bare no. Ceilings are not predictions: real engines reach a part of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -262,7 +263,7 @@ def _shares(config: ModelConfig, fmt: WeightFormat, split: Split) -> list[_Share
     bounds = [len(by_layer) * i // split.count for i in range(split.count + 1)]
     return [
         _Share(weights=sum(by_layer[first:end]), layers=config.layers[first:end], kv_share=1.0)
-        for first, end in zip(bounds, bounds[1:], strict=False)
+        for first, end in itertools.pairwise(bounds)
     ]
 
 

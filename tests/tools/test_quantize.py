@@ -234,9 +234,7 @@ def test_protected_layers_have_little_error_of_their_own(made: Path) -> None:
     assert [layer["routing"] is None for layer in layers] == [True, True] + [False] * 6
 
 
-def test_what_does_not_pass_says_what_was_wanted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_pass_says_what_was_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Random weights amplify every rounding: micro at 4 bits is far from its original."""
     out = tmp_path / "out"
     assert main(["quantize", str(MICRO), str(out), "--rounding", "nearest"]) == 1
