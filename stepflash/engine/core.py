@@ -33,7 +33,7 @@ from stepflash.engine.runner import Runner, TrunkResult
 from stepflash.engine.sampler import Sampler
 from stepflash.engine.scheduler import Scheduled, Scheduler
 from stepflash.engine.sequence import MtpState, Sequence
-from stepflash.engine.speculative import DepthController, DraftJob
+from stepflash.engine.speculative import DepthController, DraftJob, wanted_depth
 from stepflash.errors import ConfigError, EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -294,9 +294,9 @@ class EngineCore:
                 outputs.append(self._fail(stuck, EngineError("the request does not fit into the KV cache")))
             return outputs
         self._counters["steps"] += 1
-        results, failures = _isolated(self.runner.run_trunk, plan)
+        depth = self._choose_depth(plan)
+        results, failures = _isolated(lambda items: self.runner.run_trunk(items, depth), plan)
         outputs += [self._fail(item.seq, error) for item, error in failures]
-        depth = self._choose_depth(results)
         committed: list[Output] = []
         jobs: list[DraftJob] = []
         for item, result in results:
@@ -386,12 +386,10 @@ class EngineCore:
         ]
         return [self._finish(_ended(seq, "abort", stop_reason="deadline")) for seq in late]
 
-    def _choose_depth(self, results: Seq[tuple[Scheduled, TrunkResult]]) -> int:
+    def _choose_depth(self, plan: Seq[Scheduled]) -> int:
         """The depth of all adaptive sequences of this step; they run in the same batch."""
         adaptive = [
-            item.seq.acceptance
-            for item, result in results
-            if result.token_ids and item.seq.sampling.draft_depth is None
+            item.seq.acceptance for item in plan if item.seq.sampling.draft_depth is None and item.is_sampled
         ]
         return self.depth.choose(adaptive)
 
@@ -457,14 +455,14 @@ class EngineCore:
                 # The mask leaves the trunk no other choice, so these are certain and need no module.
                 seq.drafts, seq.drafts_are_forced = list(forced[: min(room, MAX_FORCED_TOKENS)]), True
             else:
-                wanted = depth if seq.sampling.draft_depth is None else seq.sampling.draft_depth
-                wanted = min(wanted, seq.num_modules, room)
+                wanted = min(wanted_depth(seq, depth), room)
         return DraftJob(
             seq,
             result.hidden_states,
             wanted,
             must_advance=is_last or bool(snapshots) or not result.token_ids,
             snapshots=snapshots,
+            ahead=result.ahead,
         )
 
     def _snapshots(self, seq: Sequence, before: int) -> frozenset[int]:

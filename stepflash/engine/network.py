@@ -96,7 +96,7 @@ class NativeNetwork:
             native.set_join(layer.enorm.weight, layer.hnorm.weight, join.weight.packed, int(join.weight.fmt))
             native.set_head(*_head(layer.head_norm, layer.head), vocab_limit)
             self._passes.append(native)
-        for native, following in pairwise(self._passes[1:]):
+        for native, following in pairwise(self._passes):
             native.set_next(following)
         tables = [torch.from_numpy(table) for table in cache.tables]
         for native in self._passes:
@@ -118,7 +118,7 @@ class NativeNetwork:
         num_known: Sequence[int],
         table_rows: Sequence[int],
     ) -> Drafts:
-        """All modules in a row, each drafting greedily for every job; see `Network::draft` in csrc/bindings.cpp."""
+        """All modules in a row, each drafting greedily for every job; see `draft` in csrc/network_class.cpp."""
         offsets = [0, *accumulate(map(len, token_ids))][:-1]
         flat = token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids))
         done = self._passes[1].draft(
@@ -126,19 +126,24 @@ class NativeNetwork:
         )
         return Drafts(*done)
 
+    def trunk_ahead(
+        self,
+        spans: Sequence[Span],
+        rooms: Sequence[int],
+        stop_ids: Sequence[int],
+        pending: Sequence[Tensor | None],
+        depth: int,
+    ) -> tuple[Pass, Drafts | None]:
+        """The trunk over spans of a token and its drafts, and the next drafts if all goes on; see `run_ahead` in
+        csrc/network_class.cpp. The pass has no logits, only every token's best."""
+        hidden_states, best, best_logits, *drafts = self._passes[0].run_ahead(
+            *_flat(spans), rooms, stop_ids, pending, depth
+        )
+        done = Pass(hidden_states, _no_logits(hidden_states), (best, best_logits))
+        return done, Drafts(*drafts) if drafts[0] else None
+
     def _run(self, module: int, spans: Sequence[Span], previous: Tensor | None, rows: Sequence[int]) -> Pass:
-        if len(spans) == 1:
-            (span,) = spans
-            token_ids = span.token_ids
-            where = [len(token_ids)], [span.start], [span.blocks.row]
-        else:
-            token_ids = [i for span in spans for i in span.token_ids]
-            where = (
-                [len(span.token_ids) for span in spans],
-                [span.start for span in spans],
-                [span.blocks.row for span in spans],
-            )
-        hidden_states, logits, *greedy = self._passes[module].run(token_ids, *where, module, previous, rows)
+        hidden_states, logits, *greedy = self._passes[module].run(*_flat(spans), module, previous, rows)
         return Pass(hidden_states, logits, greedy)
 
 
@@ -155,7 +160,7 @@ def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) ->
 def _new_network(
     model: Step3p5ForCausalLM, cache: KVCache, layers: Sequence[QuantDecoderLayer | QuantMTPLayer], first: int
 ) -> Any:
-    """A torch.classes.stepflash.Network (csrc/bindings.cpp) with these layers, the first of index `first`."""
+    """A torch.classes.stepflash.Network (csrc/network_class.cpp) with these layers, the first of index `first`."""
     ropes: list[RopeConfig] = list(dict.fromkeys(layer.rope for layer in layers))
     frequencies = [model.rope_frequencies[rope].contiguous() for rope in ropes]
     embedding, eps = model.model.embed_tokens.weight, model.config.rms_norm_eps
@@ -175,6 +180,19 @@ def _new_network(
         )
         native.set_feed_forward(*block.native_arguments())
     return native
+
+
+def _flat(spans: Sequence[Span]) -> tuple[Sequence[int], list[int], list[int], list[int]]:
+    """Token ids end to end, and of each span its length, its first slot and its row in the block tables."""
+    if len(spans) == 1:
+        (span,) = spans
+        return span.token_ids, [len(span.token_ids)], [span.start], [span.blocks.row]
+    return (
+        [i for span in spans for i in span.token_ids],
+        [len(span.token_ids) for span in spans],
+        [span.start for span in spans],
+        [span.blocks.row for span in spans],
+    )
 
 
 def _head(norm: Any, head: Any) -> tuple[Tensor, Tensor, int]:

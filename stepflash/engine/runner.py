@@ -6,6 +6,7 @@ computed yet), so the engine can run the same plan again one sequence at a time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from stepflash.engine.batch import Span
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import make_network
+from stepflash.engine.network import Drafts, NativeNetwork, Pass, make_network
 from stepflash.engine.request import TokenLogprob
-from stepflash.engine.sampler import Row, Sampler
+from stepflash.engine.sampler import Choice, Row, Sampler
 from stepflash.engine.scheduler import Scheduled
 from stepflash.engine.sequence import Sequence
-from stepflash.engine.speculative import DraftJob, advance, num_accepted, rows_to_verify
+from stepflash.engine.speculative import DraftJob, advance, depth_ahead, num_accepted, rows_to_verify
 from stepflash.errors import EngineError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -30,7 +31,8 @@ class TrunkResult:
     """What the trunk said about one scheduled sequence.
 
     `token_ids`: accepted drafts and one more token; empty while the prompt is not finished. `hidden_states`
-    [tokens computed for good, hidden_size] are the trunk's, from slot `seq.num_computed` on.
+    [tokens computed for good, hidden_size] are the trunk's, from slot `seq.num_computed` on. `ahead`: the next
+    drafts of all sequences, where they were made in the same call.
     """
 
     seq: Sequence
@@ -39,6 +41,7 @@ class TrunkResult:
     num_drafts: int
     num_accepted: int
     hidden_states: Tensor
+    ahead: Drafts | None = None
 
 
 class Runner:
@@ -54,8 +57,11 @@ class Runner:
         self._max_deferred = max_deferred
 
     @torch.inference_mode()
-    def run_trunk(self, plan: Seq[Scheduled]) -> list[TrunkResult]:
+    def run_trunk(self, plan: Seq[Scheduled], adaptive_depth: int = 0) -> list[TrunkResult]:
         """Compute the planned tokens, and choose tokens where a sequence's last known one was among them.
+
+        `adaptive_depth` is the depth of sequences that leave it to the engine; where that and the state of the
+        modules allow it, the next drafts are made in the same call.
 
         Raises:
             EngineError: the logits of a sequence are not finite.
@@ -69,22 +75,28 @@ class Runner:
             for item in plan
         ]
         bounds = [0, *accumulate(len(span.token_ids) for span in spans)]
-        rows: list[Row] = []
-        row_indices: list[int] = []
-        for i, item in enumerate(plan):
-            if item.is_sampled:
-                rows += rows_to_verify(item.seq, item.drafts, self.sampler)
-                end = bounds[i + 1]
-                row_indices += range(end - len(item.drafts) - 1, end)
-        done = self.network.trunk(spans, row_indices)
-        hidden_states = done.hidden_states
-        chosen: list[int] = []
         logprobs: list[TokenLogprob | None] = []
-        if rows:
-            choice = self.sampler.choose(done.logits, rows, done.greedy)
-            if not all(choice.is_finite):
-                raise EngineError("the model produced logits that are not finite numbers")
-            chosen, logprobs = choice.token_ids, choice.logprobs
+        ahead = self._run_ahead(plan, spans, adaptive_depth)
+        if ahead is not None:
+            done, drafts = ahead
+            assert done.greedy is not None
+            chosen, best_logits = done.greedy
+            is_finite = [math.isfinite(logit) for logit in best_logits]
+        else:
+            drafts = None
+            rows: list[Row] = []
+            row_indices: list[int] = []
+            for i, item in enumerate(plan):
+                if item.is_sampled:
+                    rows += rows_to_verify(item.seq, item.drafts, self.sampler)
+                    end = bounds[i + 1]
+                    row_indices += range(end - len(item.drafts) - 1, end)
+            done = self.network.trunk(spans, row_indices)
+            choice = self.sampler.choose(done.logits, rows, done.greedy) if rows else Choice([], [])
+            chosen, logprobs, is_finite = choice.token_ids, choice.logprobs, choice.is_finite
+        if not all(is_finite):
+            raise EngineError("the model produced logits that are not finite numbers")
+        hidden_states = done.hidden_states
         results, row = [], 0
         for i, item in enumerate(plan):
             start, end = bounds[i], bounds[i + 1]
@@ -102,10 +114,26 @@ class Runner:
                     count,
                     accepted,
                     hidden_states[start : end - count + accepted],
+                    drafts,
                 )
             )
             row += count + 1
         return results
+
+    def _run_ahead(
+        self, plan: Seq[Scheduled], spans: Seq[Span], adaptive_depth: int
+    ) -> tuple[Pass, Drafts | None] | None:
+        """The trunk with the next drafts in one call; None where that cannot be."""
+        network, seqs = self.network, [item.seq for item in plan]
+        if not isinstance(network, NativeNetwork) or any(seq.num_pending != 1 for seq in seqs):
+            return None
+        depth = depth_ahead(seqs, adaptive_depth)
+        if not depth:
+            return None
+        rooms = [seq.max_tokens - seq.num_generated for seq in seqs]
+        stop_ids = list(seqs[0].stop_ids.union(*(seq.stop_ids for seq in seqs[1:])))
+        pending = [seq.mtp.pending[k] for k in range(1, depth) for seq in seqs]
+        return network.trunk_ahead(spans, rooms, stop_ids, pending, depth)
 
     @torch.inference_mode()
     def run_modules(self, jobs: Seq[DraftJob]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from stepflash.engine.batch import Span
 from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import NativeNetwork, Network, Pass
+from stepflash.engine.network import Drafts, NativeNetwork, Network, Pass
 from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.errors import RequestError
@@ -116,7 +116,7 @@ class DraftJob:
     `hidden_states`: the trunk's, of the slots from where the sequence stood before this step to
     `seq.num_computed` - 1. `depth` drafts are wanted. `must_advance` forbids leaving modules behind.
     `snapshots` are block boundaries where a snapshot is wanted; `carries` has what they and the last boundary
-    need, where it could be had.
+    need, where it could be had. `ahead` is what the trunk's call drafted already (see `depth_ahead`).
     """
 
     seq: Sequence
@@ -124,6 +124,7 @@ class DraftJob:
     depth: int
     must_advance: bool = False
     snapshots: frozenset[int] = frozenset()
+    ahead: Drafts | None = None
     drafts: list[int] = field(default_factory=list)
     carries: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     mtp: MtpState = field(default_factory=MtpState)
@@ -143,6 +144,33 @@ class _Work:
     depth: int
     num_tokens: int  # of the span that this module runs
     feeds: list[tuple[int, Tensor | None]] = field(default_factory=list)
+
+
+def wanted_depth(seq: Sequence, adaptive_depth: int) -> int:
+    """Drafts that a sequence would like to have, were there no end to it."""
+    own = seq.sampling.draft_depth
+    return min(adaptive_depth if own is None else own, seq.num_modules)
+
+
+def depth_ahead(seqs: Seq[Sequence], adaptive_depth: int) -> int:
+    """The depth to which all these sequences, each at its last known token, may draft within the trunk's call.
+
+    0 unless they agree, choose greedily and have modules that have read all known tokens: then it is clear
+    before the trunk runs what each module will have to read.
+    """
+    depth = wanted_depth(seqs[0], adaptive_depth)
+    return depth if all(_may_run_ahead(seq, depth, adaptive_depth) for seq in seqs) else 0
+
+
+def _may_run_ahead(seq: Sequence, depth: int, adaptive_depth: int) -> bool:
+    mtp = seq.mtp
+    return (
+        wanted_depth(seq, adaptive_depth) == depth > 0
+        and seq.constraint is None
+        and seq.sampling.logprobs is None
+        and seq.sampler.is_greedy
+        and mtp.num_computed[:depth] == [len(seq.token_ids)] * depth
+    )
 
 
 def advance(
@@ -219,7 +247,7 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
     first = [min(state.num_computed[: len(modules)]) for state in states]
     nothing = jobs[0].hidden_states[:0]
     pending = [state.pending[k] for k in modules for state in states]
-    done = network.draft(
+    done = _drafted_ahead(jobs) or network.draft(
         [job.hidden_states for job in jobs],
         [nothing if rows is None else rows for rows in pending],
         [state.num_computed[k] for k in modules for state in states],
@@ -256,6 +284,14 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
                 break
         works.append(work)
     return works
+
+
+def _drafted_ahead(jobs: Seq[DraftJob]) -> Drafts | None:
+    """What the trunk's call drafted, if it did so for these very jobs and to this depth."""
+    ahead = jobs[0].ahead
+    if ahead is None or any(job.ahead is not ahead for job in jobs):
+        return None
+    return ahead if len(ahead.token_ids) == len(jobs) * jobs[0].depth else None
 
 
 def _run_module(

@@ -1,9 +1,10 @@
 """Compiles the C++ kernels with the system compiler and loads them, once per machine.
 
 The shared library lies in a cache folder under a name that hashes sources, flags, compiler and torch version,
-so a stale one is never loaded. Only `bindings.cpp` sees torch's headers; the kernels are plain C++, compiled
-once per instruction set (`--all` for every one, else the best of this machine), and chosen again at run time
-by cpuid. Without a compiler, or with STEPFLASH_NATIVE=0, the PyTorch references run; that is said once.
+so a stale one is never loaded. Only `bindings.cpp` and `network_class.cpp` see torch's headers; the kernels are
+plain C++, compiled once per instruction set (`--all` for every one, else the best of this machine), and chosen
+again at run time by cpuid. Without a compiler, or with STEPFLASH_NATIVE=0, the PyTorch references run; that is
+said once.
 
     python -m stepflash.kernels.build [--all]
 """
@@ -44,7 +45,8 @@ _ISA_NEEDS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
     "avx512_bf16": frozenset({"avx512f", "avx512_vnni", "avx512_bf16", "avx512vbmi"}),
 }
-_SHARED_SOURCES = ("bindings.cpp", "dispatch.cpp", "pool.cpp")
+_TORCH_SOURCES = ("bindings.cpp", "network_class.cpp")
+_SHARED_SOURCES = (*_TORCH_SOURCES, "dispatch.cpp", "pool.cpp")
 _load_lock = threading.Lock()
 _loaded: bool | None = None
 
@@ -116,7 +118,8 @@ def _compile(isas: tuple[str, ...], compiler: str, target: Path) -> None:
             jobs.append([compiler, *flags, "-c", str(SOURCE_DIR / source), "-o", objects[-1]])
 
         have = [f"-DSF_HAVE_{isa.upper()}" for isa in isas]
-        add("bindings.cpp", "bindings", "-std=c++20", "-O1", "-fPIC", "-w", abi, *include)
+        for name in _TORCH_SOURCES:
+            add(name, Path(name).stem, "-std=c++20", "-O1", "-fPIC", "-w", abi, *include)
         add("dispatch.cpp", "dispatch", "-std=c++17", *_BASE_FLAGS, *have)
         add("pool.cpp", "pool", "-std=c++17", *_BASE_FLAGS)
         for isa in isas:

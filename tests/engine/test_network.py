@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine import speculative
+from stepflash.engine import runner, speculative
 from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
-from stepflash.engine.network import ModelNetwork, NativeNetwork, Pass
+from stepflash.engine.network import Drafts, ModelNetwork, NativeNetwork, Pass
 from stepflash.engine.request import Request, SamplingParams
 from stepflash.kernels import build
 from stepflash.model import transformer
@@ -104,37 +104,49 @@ def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, None])
-def test_drafts_in_a_row_are_those_of_one_by_one(depth: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same tokens and acceptance whichever way, for nano and three sequences; with a depth that changes, too."""
+def test_drafts_are_the_same_however_they_are_made(
+    depth: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the trunk's call, in a call of their own, or module by module: same tokens and same acceptance, for
+    nano and three sequences; with a depth that changes, too."""
     torch.set_num_threads(2)
     model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
-    found = []
-    for in_a_row in (True, False):
+    found, used = [], []
+    for way in ("ahead", "in a row", "one by one"):
         core = EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512))
-        calls = count_calls(monkeypatch)
-        if not in_a_row:
+        num_ahead, num_in_a_row = count_drafts(monkeypatch, "trunk_ahead"), count_drafts(monkeypatch, "draft")
+        if way != "ahead":
+            monkeypatch.setattr(runner, "depth_ahead", lambda *_: 0)
+        if way == "one by one":
             monkeypatch.setattr(speculative, "_is_plain", lambda *_: False)
             monkeypatch.setattr(speculative, "_waits", lambda *_: False)
         plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
         if depth is None:
             monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
         found.append(drive_all(core, depth))
-        assert bool(calls) == in_a_row
+        used.append((sum(num_ahead), sum(num_in_a_row)))
         core.check_integrity()
         monkeypatch.undo()
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert sum(sum(accepted) for _, accepted in found[0].values()) > 20
+    (ahead, _), (none_ahead, in_a_row), nothing = used
+    assert ahead > 5
+    assert none_ahead == 0
+    assert in_a_row > 5
+    assert nothing == (0, 0)
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    draft: Callable[..., object] = NativeNetwork.draft
+def count_drafts(monkeypatch: pytest.MonkeyPatch, method: str) -> list[bool]:
+    """Which calls of a method brought drafts."""
+    calls: list[bool] = []
+    run: Callable[..., object] = getattr(NativeNetwork, method)
 
     def counting(self: NativeNetwork, *arguments: object) -> object:
-        calls.append(1)
-        return draft(self, *arguments)
+        done = run(self, *arguments)
+        calls.append(isinstance(done, Drafts) or (isinstance(done, tuple) and done[1] is not None))
+        return done
 
-    monkeypatch.setattr(NativeNetwork, "draft", counting)
+    monkeypatch.setattr(NativeNetwork, method, counting)
     return calls
 
 
