@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 
 from stepflash.engine import disk
+from stepflash.engine.depth_controller import DepthController
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import (
@@ -33,7 +34,7 @@ from stepflash.engine.runner import Runner, TrunkResult
 from stepflash.engine.sampler import Sampler
 from stepflash.engine.scheduler import Scheduled, Scheduler
 from stepflash.engine.sequence import MtpState, Sequence
-from stepflash.engine.speculative import DepthController, DraftJob, wanted_depth
+from stepflash.engine.speculative import DraftJob, wanted_depth
 from stepflash.errors import ConfigError, EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
