@@ -547,10 +547,15 @@ class EngineCore:
 
     def _observe(self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, seconds: float) -> None:
         """Time a step for the depth controller when it was nothing but decoding at one depth."""
-        if any(item.seq.sampling.draft_depth is not None for item in plan) or len(jobs) < len(plan):
+        if len(jobs) < len(plan):
             return
+        is_even = True
+        for item, job in zip(plan, jobs, strict=True):
+            if item.seq.sampling.draft_depth is not None:
+                return
+            is_even = is_even and len(item.drafts) == job.depth == depth
         self._last_depth = depth
-        if all(len(item.drafts) == job.depth == depth for item, job in zip(plan, jobs, strict=True)):
+        if is_even:
             self.depth.observe(len(plan), depth, seconds)
 
 

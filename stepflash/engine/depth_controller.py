@@ -27,6 +27,7 @@ class _Costs:
     last_probe: int = -1
     interval: int = 0  # steps between probes
     countdown: int = 0  # to the next
+    held: int = 0  # steps for which the choice stands, without another thought
 
 
 class DepthController:
@@ -46,6 +47,9 @@ class DepthController:
     # A probe that differs by more from what was known is repeated soon.
     SURPRISE = 1.15
     REPEAT_INTERVAL = 16
+    # A choice stands for so many steps: to think it over in every step would itself cost some percent of a small
+    # model's.
+    HOLD = 8
     # Another depth must promise so much more before it is taken.
     MARGIN = 1.02
 
@@ -60,6 +64,9 @@ class DepthController:
         if not acceptances or not self.max_depth:
             return 0
         costs = self._bucket(len(acceptances))
+        if costs.held > 0:
+            costs.held -= 1
+            return costs.current
         for depth in range(self.max_depth, -1, -1):
             if len(costs.warm_up[depth]) < self.WARM_UP_SAMPLES:
                 return depth
@@ -69,7 +76,7 @@ class DepthController:
             if costs.num_tries <= 2 * self.PROBE_STEPS:
                 return costs.probe
             self._end_probe(costs, costs.interval)
-        costs.countdown -= 1
+        costs.countdown -= self.HOLD
         if costs.countdown <= 0 and len(costs.recent) >= self.PROBE_STEPS:
             others = [d for d in range(self.max_depth + 1) if d != costs.current]
             costs.probe = next((d for d in others if d > costs.last_probe), others[0])
@@ -84,6 +91,7 @@ class DepthController:
             costs.current = best
             costs.recent.clear()
             costs.interval = costs.countdown = self.PROBE_INTERVAL
+        costs.held = self.HOLD - 1
         return costs.current
 
     def observe(self, num_seqs: int, depth: int, seconds: float) -> None:

@@ -21,7 +21,14 @@ from stepflash.engine.request import TokenLogprob
 from stepflash.engine.sampler import Choice, Row, Sampler
 from stepflash.engine.scheduler import Scheduled
 from stepflash.engine.sequence import Sequence
-from stepflash.engine.speculative import DraftJob, advance, depth_ahead, num_accepted, rows_to_verify
+from stepflash.engine.speculative import (
+    DraftJob,
+    advance,
+    depth_ahead,
+    num_accepted,
+    rows_to_verify,
+    wanted_depth,
+)
 from stepflash.errors import EngineError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -124,9 +131,10 @@ class Runner:
         self, plan: Seq[Scheduled], spans: Seq[Span], adaptive_depth: int
     ) -> tuple[Pass, Drafts | None] | None:
         """The trunk with the next drafts in one call; None where that cannot be."""
-        network, seqs = self.network, [item.seq for item in plan]
-        if not isinstance(network, NativeNetwork) or any(seq.num_pending != 1 for seq in seqs):
+        network = self.network
+        if not isinstance(network, NativeNetwork) or not wanted_depth(plan[0].seq, adaptive_depth):
             return None
+        seqs = [item.seq for item in plan]
         depth = depth_ahead(seqs, adaptive_depth)
         if not depth:
             return None

@@ -153,10 +153,10 @@ def wanted_depth(seq: Sequence, adaptive_depth: int) -> int:
 
 
 def depth_ahead(seqs: Seq[Sequence], adaptive_depth: int) -> int:
-    """The depth to which all these sequences, each at its last known token, may draft within the trunk's call.
+    """The depth to which all these sequences may draft within the trunk's call.
 
-    0 unless they agree, choose greedily and have modules that have read all known tokens: then it is clear
-    before the trunk runs what each module will have to read.
+    0 unless they agree, are at their last known token, choose greedily and have modules that have read all known
+    tokens: then it is clear before the trunk runs what each module will have to read.
     """
     depth = wanted_depth(seqs[0], adaptive_depth)
     return depth if all(_may_run_ahead(seq, depth, adaptive_depth) for seq in seqs) else 0
@@ -166,6 +166,7 @@ def _may_run_ahead(seq: Sequence, depth: int, adaptive_depth: int) -> bool:
     mtp = seq.mtp
     return (
         wanted_depth(seq, adaptive_depth) == depth > 0
+        and seq.num_pending == 1
         and seq.constraint is None
         and seq.sampling.logprobs is None
         and seq.sampler.is_greedy
