@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from stepflash.engine import disk
 from stepflash.engine.depth_controller import DepthController
+from stepflash.engine.disk import origin
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import (
@@ -32,6 +32,7 @@ from stepflash.engine.request import (
 )
 from stepflash.engine.runner import Runner, TrunkResult
 from stepflash.engine.sampler import Sampler
+from stepflash.engine.saver import Saver
 from stepflash.engine.scheduler import Scheduled, Scheduler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.engine.speculative import DraftJob, wanted_depth
@@ -51,7 +52,9 @@ class EngineConfig:
 
     `kv_cache_bytes` None sizes the cache for `max_num_seqs` full contexts, 4 GiB at most. `vocab_limit`: ids
     from there on have no token. `snapshot_interval`: a window snapshot is kept every so many tokens.
-    `prefix_cache_path`: file from which the prefix cache is loaded and to which `close` saves it.
+    `prefix_cache_path`: file from which the prefix cache is loaded, to which it is saved while the engine works,
+    and by `close` whatever is left; it takes `prefix_cache_disk_bytes` at most, and while it is written anew twice
+    that.
     """
 
     max_num_seqs: int = 16
@@ -146,13 +149,10 @@ class EngineCore:
         )
         self.prefix = PrefixCache(self.cache) if config.prefix_caching else None
         vocab_limit = min(config.vocab_limit or model.config.vocab_size, model.config.vocab_size)
-        self._digest = ""
+        self.saver: Saver | None = None
         if self.prefix is not None and config.prefix_cache_path is not None:
-            path = Path(config.prefix_cache_path)
-            disk.check_writable(path)
-            self._digest = disk.model_digest(model, self.cache)
-            if path.exists():
-                disk.load(path, self.cache, self.prefix, self._digest)
+            path, limit = Path(config.prefix_cache_path), config.prefix_cache_disk_bytes
+            self.saver = Saver(path, self.cache, self.prefix, origin(model, self.cache), limit)
         self.sampler = Sampler(vocab_limit, parameter.device)
         self.runner = Runner(model, self.cache, self.sampler, config.max_deferred_tokens)
         self.scheduler = Scheduler(
@@ -221,7 +221,7 @@ class EngineCore:
         """What the prefix cache has of a request's prompt now; None without one. Any thread may ask."""
         if self.prefix is None:
             return None
-        return self.prefix.peek(request.prompt_token_ids, self._modules_of(request.sampling))
+        return self.prefix.peek(request.prompt_token_ids)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -264,19 +264,19 @@ class EngineCore:
         return None if seq is None else self._finish(_ended(seq, "abort"))
 
     def close(self) -> None:
-        """Save the prefix cache if it has a path. The core stays usable.
+        """Save what is not saved yet of the prefix cache, if it has a path. The core stays usable.
 
         Raises:
             OSError: it cannot be written.
         """
-        path = self.config.prefix_cache_path
-        if self.prefix is not None and path is not None:
-            limit = self.config.prefix_cache_disk_bytes
-            disk.save(Path(path), self.cache, self.prefix, self._digest, limit)
+        if self.saver is not None:
+            self.saver.flush()
 
     def rebuilt(self) -> EngineCore:
         """A new core over the same model and settings. This one's cache is gone; it cannot be used any more."""
         self.cache.layers.clear()
+        if self.saver is not None:
+            self.saver.settle()
         return EngineCore(self.runner.model, self.config)
 
     def fail_all(self, error: BaseException) -> list[Output]:
@@ -324,6 +324,8 @@ class EngineCore:
                 outputs.append(replace(output, finish_reason=None) if is_broken else output)
         outputs += [self._fail(job.seq, error) for job, error in broken]
         self._observe(plan, jobs, depth, time.perf_counter() - start)
+        if self.saver is not None:
+            self.saver.turn()
         return outputs
 
     def stats(self) -> EngineStats:
@@ -501,7 +503,7 @@ class EngineCore:
         sliding = self.cache.sliding_before(seq.blocks, boundary)
         if boundary and sliding is not None:
             full = seq.blocks.full[: boundary // self.cache.block_size]
-            node = self.prefix.insert(seq.token_ids, full, seq.num_modules)
+            node = self.prefix.insert(seq.token_ids, full)
             self.prefix.add_snapshot(node, *sliding, carries)
 
     def _remember(self, seq: Sequence) -> None:

@@ -44,7 +44,6 @@ class Engine:
         self._num_threads = torch.get_num_threads()
         self._num_parameters = sum(p.numel() for p in core.runner.model.parameters())
         self.num_restarts = 0
-        self._num_saved = 0  # finished requests when the prefix cache was last saved
         self._thread = self._start(self._run)
 
     def submit(self, request: Request) -> AsyncIterator[Output]:
@@ -169,7 +168,6 @@ class Engine:
         self._save()
 
     def _save(self) -> None:
-        self._num_saved = self._stats.num_finished
         try:
             self._core.close()
         except OSError:
@@ -200,13 +198,11 @@ class Engine:
     def _handle_inbox(self) -> bool:
         """Do what others asked for; waits while there is nothing else to do. False to end.
 
-        A while without work is used to save the prefix cache, so that a process that is killed loses little of it.
+        A while without work is used to save what is left of the prefix cache.
         """
         while True:
             is_busy = self._core.has_work
-            is_saved = self._core.config.prefix_cache_path is None or (
-                self._num_saved == self._stats.num_finished
-            )
+            is_saved = self._core.saver is None or not self._core.saver.has_news
             try:
                 command = self._inbox.get(not is_busy, None if is_saved else IDLE_SECONDS)
             except queue.Empty:

@@ -1,16 +1,17 @@
 """The prefix cache: blocks of finished work, found again by their tokens.
 
 A tree whose nodes are blocks of `block_size` tokens, keyed by the tokens themselves, so there are no collisions.
-A node holds the full-attention block of its tokens. Full blocks alone cannot continue a sequence: sliding layers
-need their last window and the MTP modules the hidden states of the last token. A `Snapshot` holds those; it is
-kept at chosen nodes, costs references to blocks that exist anyway, and is what a request can continue from.
+A node holds the full-attention block of its tokens, which all MTP modules of the engine have read. Full blocks alone
+cannot continue a sequence: sliding layers need their last window and the MTP modules the hidden states of the last
+token. A `Snapshot` holds those; it is kept at chosen nodes, costs references to blocks that exist anyway, and is
+what a request can continue from.
 Everything here can be evicted, least recently used first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class Snapshot:
     carries: tuple[Tensor, ...]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Node:
     """One block of tokens after those of its ancestors; `depth` blocks in all. Roots have no block."""
 
@@ -63,10 +64,11 @@ class PrefixCache:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._size = cache.block_size
-        # One tree per number of MTP modules: their keys are in the blocks, or are not.
-        self._roots: dict[int, Node] = {}
+        self._root = Node((), -1, None, 0)
         self._nodes: OrderedDict[Node, None] = OrderedDict()  # least recently used first
         self._snapshots: OrderedDict[Node, None] = OrderedDict()
+        # Told of every new snapshot; the saver puts itself here.
+        self.added: Callable[[Node], None] = lambda node: None
         cache.evict = self.evict
 
     @property
@@ -77,9 +79,9 @@ class PrefixCache:
     def num_snapshots(self) -> int:
         return len(self._snapshots)
 
-    def match(self, token_ids: Sequence[int], num_modules: int) -> Match:
+    def match(self, token_ids: Sequence[int]) -> Match:
         """Longest cached prefix with a snapshot that leaves at least one token to compute."""
-        path, rest = self._walk(token_ids, num_modules)
+        path = self._follow(token_ids)
         usable = (len(token_ids) - 1) // self._size
         found = [node for node in path[:usable] if node.snapshot is not None]
         self._touch(path)
@@ -89,30 +91,27 @@ class PrefixCache:
             self._snapshots.move_to_end(best)
         # What is left when all but the last block was found is no miss.
         is_miss = len(token_ids) - num_tokens > self._size
-        miss = self._explain(token_ids, num_modules, path, rest, num_tokens) if is_miss else None
+        miss = self._explain(token_ids, path, num_tokens) if is_miss else None
         snapshot = best.snapshot if best else None
         return Match(
             num_tokens, [node.block_id for node in path[: best.depth if best else 0]], snapshot, miss
         )
 
-    def peek(self, token_ids: Sequence[int], num_modules: int) -> CacheLookup:
+    def peek(self, token_ids: Sequence[int]) -> CacheLookup:
         """What `match` would find. Changes nothing and iterates over nothing that may change, so any thread may
         ask; the engine goes on meanwhile, so the answer is a good guess."""
-        roots = self._roots.copy()
-        path = self._follow(roots.pop(num_modules, None), token_ids)
+        path = self._follow(token_ids)
         usable = (len(token_ids) - 1) // self._size
         depth = max((node.depth for node in path[:usable] if node.snapshot is not None), default=0)
-        others = max((len(self._follow(root, token_ids)) for root in roots.values()), default=0)
         return CacheLookup(
             num_cached_tokens=depth * self._size,
             num_known_tokens=len(path) * self._size,
-            num_other_tokens=others * self._size,
             block_size=self._size,
         )
 
-    def insert(self, token_ids: Sequence[int], full: Sequence[int], num_modules: int) -> Node:
+    def insert(self, token_ids: Sequence[int], full: Sequence[int]) -> Node:
         """Remember the full blocks of the first len(full) * block_size tokens; the deepest node."""
-        node = self._root(num_modules)
+        node = self._root
         path = []
         for depth, block_id in enumerate(full, 1):
             key = tuple(token_ids[(depth - 1) * self._size : depth * self._size])
@@ -133,6 +132,7 @@ class PrefixCache:
             self._cache.pools[SLIDING].keep(block_ids)
             node.snapshot = Snapshot(first, tuple(block_ids), carries)
             self._snapshots[node] = None
+            self.added(node)
 
     def evict(self, group: int, count: int) -> None:
         """Give blocks back, least recently used first, until `count` are free or nothing more can go."""
@@ -152,14 +152,9 @@ class PrefixCache:
         for node in sorted(self._nodes, key=lambda n: n.depth, reverse=True):
             self._drop(node)
 
-    def snapshots(self) -> Iterator[tuple[int, Node]]:
-        """Number of MTP modules and node of every snapshot, least recently used first."""
-        modules_of = {root: num_modules for num_modules, root in self._roots.items()}
-        for node in self._snapshots:
-            root = node
-            while root.parent is not None:
-                root = root.parent
-            yield modules_of[root], node
+    def snapshots(self) -> list[Node]:
+        """The nodes that have one, least recently used first."""
+        return list(self._snapshots)
 
     def keepers(self, group: int) -> Iterator[Sequence[int]]:
         """What this cache keeps in a pool, for the integrity check."""
@@ -170,20 +165,10 @@ class PrefixCache:
                 assert node.snapshot is not None
                 yield node.snapshot.block_ids
 
-    def _root(self, num_modules: int) -> Node:
-        if num_modules not in self._roots:
-            self._roots[num_modules] = Node((), -1, None, 0)
-        return self._roots[num_modules]
-
-    def _walk(self, token_ids: Sequence[int], num_modules: int) -> tuple[list[Node], tuple[int, ...]]:
-        """The nodes that match, and the first block of tokens that does not."""
-        path = self._follow(self._root(num_modules), token_ids)
-        start = len(path) * self._size
-        return path, tuple(token_ids[start : start + self._size])
-
-    def _follow(self, node: Node | None, token_ids: Sequence[int]) -> list[Node]:
-        """The nodes below a root that match."""
+    def _follow(self, token_ids: Sequence[int]) -> list[Node]:
+        """The nodes that match, from the first block on."""
         path: list[Node] = []
+        node: Node | None = self._root
         for start in range(0, len(token_ids), self._size):
             node = node.children.get(tuple(token_ids[start : start + self._size])) if node else None
             if node is None:
@@ -197,18 +182,11 @@ class PrefixCache:
             self._nodes[node] = None
             self._nodes.move_to_end(node)
 
-    def _explain(
-        self,
-        token_ids: Sequence[int],
-        num_modules: int,
-        path: Sequence[Node],
-        rest: tuple[int, ...],
-        num_tokens: int,
-    ) -> str:
-        """Why no more than `num_tokens` of this path can be used; `rest` is the first block that is not on it."""
-        others = {n: len(self._walk(token_ids, n)[0]) * self._size for n in self._roots if n != num_modules}
+    def _explain(self, token_ids: Sequence[int], path: Sequence[Node], num_tokens: int) -> str:
+        """Why no more than `num_tokens` of this path can be used."""
         at = len(path) * self._size
-        parent = path[-1] if path else self._root(num_modules)
+        rest = token_ids[at : at + self._size]
+        parent = path[-1] if path else self._root
         reasons = []
         if parent.children and rest:
             common = max(_common(rest, key) for key in parent.children)
@@ -218,15 +196,10 @@ class PrefixCache:
         usable = min(at, (len(token_ids) - 1) // self._size * self._size)
         if num_tokens < usable:
             reasons.append(f"the windows at tokens {num_tokens + 1} to {usable} are not kept")
-        best = max(others, key=others.__getitem__, default=0)
-        if others.get(best, 0) > at:
-            reasons.append(f"{others[best]} tokens are cached for requests with {best} prediction modules")
         if not reasons and at:
             reasons.append(f"no more than {at} tokens are cached")
         elif not reasons:
-            reasons.append(
-                "nothing that begins like this is cached" if self._nodes else "nothing is cached yet"
-            )
+            reasons.append("nothing is cached yet")
         return "; ".join(reasons)
 
     def _drop(self, node: Node) -> None:

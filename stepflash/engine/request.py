@@ -119,13 +119,11 @@ class CacheLookup:
     """What the prefix cache holds of a prompt, in tokens.
 
     A request could start behind `num_cached_tokens`. `num_known_tokens` are there in whole blocks of `block_size`,
-    perhaps without the window that continuing needs; `num_other_tokens` are there only for requests of another
-    draft depth.
+    perhaps without the window that continuing needs.
     """
 
     num_cached_tokens: int
     num_known_tokens: int
-    num_other_tokens: int
     block_size: int
 
 

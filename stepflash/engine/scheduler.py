@@ -111,7 +111,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, now: float) -> bool:
         """Start a sequence on what is cached of it, if the rest of its tokens fits."""
         cache = self._cache
-        match = self._prefix.match(seq.token_ids, seq.num_modules) if self._prefix else None
+        match = self._prefix.match(seq.token_ids) if self._prefix else None
         if match is not None and match.snapshot is not None:
             snapshot = match.snapshot
             blocks = cache.open(match.full, snapshot.block_ids, snapshot.first)

@@ -83,8 +83,6 @@ class CacheReport:
             return "lost"
         if nearest.num_shared_tokens - self.lookup.num_known_tokens <= block_size:
             return "no_snapshot"
-        if self.lookup.num_other_tokens > self.lookup.num_known_tokens:
-            return "other_draft_depth"
         return "evicted"
 
 
@@ -97,7 +95,6 @@ REASONS = {
     "not_yet": "the nearest earlier request is still being computed, so its end is not in the cache yet",
     "no_snapshot": "its keys and values are kept, but not the sliding windows at this place: the computation starts "
     "further in front, where they are",
-    "other_draft_depth": "it is in the cache for requests of another draft depth, whose prediction modules differ",
     "evicted": "it was in the cache and has been evicted; a larger --kv-cache-gb keeps more",
     "lost": "the engine behind this server does not have it any more, or never had",
 }

@@ -208,7 +208,7 @@ def test_drafts_of_deferred_modules_are_exact(
             check_drafts(model, token_ids, drafts, FEW_TOKENS)
     assert sum(len(drafts) for _, drafts in rounds) > 30
     # Wherever the modules stood, the end of the answer can be continued, drafts included.
-    (snapshot,) = [node for _, node in core.prefix.snapshots() if node.depth * 8 > len(golden[0])]  # type: ignore[union-attr]
+    (snapshot,) = [node for node in core.prefix.snapshots() if node.depth * 8 > len(golden[0])]  # type: ignore[union-attr]
     assert snapshot.depth == (len(golden[0]) + 60 - 1) // 8
     rounds.clear()
     whole = [t for node in path_to(snapshot) for t in node.token_ids]

@@ -36,7 +36,7 @@ def remember(cache: KVCache, prefix: PrefixCache, token_ids: list[int], snapshot
     cache.grow(blocks, FULL, len(token_ids))
     cache.grow(blocks, SLIDING, len(token_ids))
     for boundary in sorted(snapshots):
-        node = prefix.insert(token_ids, blocks.full[: boundary // 4], 3)
+        node = prefix.insert(token_ids, blocks.full[: boundary // 4])
         kept = cache.sliding_before(blocks, boundary)
         assert kept is not None
         prefix.add_snapshot(node, *kept, (torch.zeros(1, 2),) * 3)
@@ -57,15 +57,13 @@ def test_a_match_is_the_longest_remembered_prefix(
         snapshots = {4 * m for m in marks if 4 * m <= len(token_ids)}
         remember(cache, prefix, token_ids, snapshots)
         known |= {tuple(token_ids[:s]) for s in snapshots}
-    peeked = prefix.peek(query, 3)
-    match = prefix.match(query, 3)
+    peeked = prefix.peek(query)
+    match = prefix.match(query)
     assert peeked.num_cached_tokens == match.num_tokens <= peeked.num_known_tokens
-    assert prefix.peek(query, 0).num_other_tokens == peeked.num_known_tokens
     best = max((n for n in range(len(query)) if tuple(query[:n]) in known), default=0)
     assert match.num_tokens == best
     assert len(match.full) == best // 4
     assert (match.snapshot is None) == (best == 0)
-    assert prefix.match(query, 0).num_tokens == 0  # without MTP keys it is another tree
     for group in (FULL, SLIDING):
         cache.pools[group].check_integrity([], prefix.keepers(group))
     prefix.clear()
@@ -77,32 +75,31 @@ def test_the_least_recently_used_goes_first_and_leaves_before_their_parents() ->
     a, b = [1] * 20, [2] * 20
     for token_ids in (a, b):
         remember(cache, prefix, token_ids, {8, 16})
-    assert prefix.match(a, 3).num_tokens == 16  # a is now the more recent one
+    assert prefix.match(a).num_tokens == 16  # a is now the more recent one
     free = cache.pools[FULL].num_free
     held = cache.pools[FULL].allocate(free)
     prefix.evict(SLIDING, cache.pools[SLIDING].num_free + 1)
-    assert prefix.match(b, 3).num_tokens < 16
-    assert prefix.match(a, 3).num_tokens == 16
+    assert prefix.match(b).num_tokens < 16
+    assert prefix.match(a).num_tokens == 16
     cache.pools[FULL].release(held)
 
 
 def test_a_miss_is_explained() -> None:
     cache, prefix = new_cache()
-    assert prefix.match([5] * 20, 3).miss == "nothing is cached yet"
+    assert prefix.match([5] * 20).miss == "nothing is cached yet"
     remember(cache, prefix, [1] * 32, {8, 32})
-    assert prefix.match([*[1] * 33], 3).miss is None
-    assert prefix.match([*[1] * 25, 7, *[1] * 9], 3).miss == (
+    assert prefix.match([*[1] * 33]).miss is None
+    assert prefix.match([*[1] * 25, 7, *[1] * 9]).miss == (
         "diverged at token 25; the windows at tokens 9 to 24 are not kept"
     )
-    assert prefix.match([1, 1, 7] * 3, 3).miss == "diverged at token 2"
+    assert prefix.match([1, 1, 7] * 3).miss == "diverged at token 2"
     # The window at 32 would leave nothing to compute.
-    assert prefix.match([1] * 32, 3).miss == "the windows at tokens 9 to 28 are not kept"
-    assert prefix.match([1] * 50, 3).miss == "no more than 32 tokens are cached"
-    assert prefix.match([1] * 33, 0).miss == "32 tokens are cached for requests with 3 prediction modules"
-    assert prefix.match([1, 7] * 9, 0).miss == "nothing that begins like this is cached"
+    assert prefix.match([1] * 32).miss == "the windows at tokens 9 to 28 are not kept"
+    assert prefix.match([1] * 50).miss == "no more than 32 tokens are cached"
+    assert prefix.match([3, 7] * 9).miss == "diverged at token 0"
     remember(cache, prefix, [1] * 41 + [2] * 9, {8, 40, 48})
-    assert prefix.match([1] * 41 + [3] * 9, 3).miss == "diverged at token 41"
-    assert prefix.match([1] * 41 + [2] * 7 + [5] * 9, 3).miss == "no more than 48 tokens are cached"
+    assert prefix.match([1] * 41 + [3] * 9).miss == "diverged at token 41"
+    assert prefix.match([1] * 41 + [2] * 7 + [5] * 9).miss == "no more than 48 tokens are cached"
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, None])

@@ -178,7 +178,7 @@ class Simulation:
         if self.prefix is not None and self.random.random() < 0.4 and boundary:
             kept = self.cache.sliding_before(seq.blocks, boundary)
             if kept is not None:
-                node = self.prefix.insert(seq.token_ids, seq.blocks.full[: boundary // 4], 0)
+                node = self.prefix.insert(seq.token_ids, seq.blocks.full[: boundary // 4])
                 self.prefix.add_snapshot(node, *kept, ())
         self.cache.trim(seq.blocks, seq.num_computed)
         if seq.num_generated >= self.answers[number]:

@@ -14,11 +14,10 @@ LONG = list(range(100))
 tokens = st.lists(st.integers(0, 1), max_size=12)
 
 
-def lookup(cached: int, known: int | None = None, other: int = 0) -> CacheLookup:
+def lookup(cached: int, known: int | None = None) -> CacheLookup:
     return CacheLookup(
         num_cached_tokens=cached,
         num_known_tokens=cached if known is None else known,
-        num_other_tokens=other,
         block_size=BLOCK,
     )
 
@@ -106,7 +105,6 @@ OTHER = [*LONG[:60], *[7] * 40]
         (second([5, *LONG], LONG, lookup(40)), "other_client", "other_client"),
         (second(LONG, [*LONG, 7], lookup(12, known=96)), "no_snapshot", "no_snapshot"),
         (second(LONG, [*LONG, 7], lookup(12)), "evicted", "evicted"),
-        (second(LONG, [*LONG, 7], lookup(12, other=96)), "other_draft_depth", "other_draft_depth"),
         (second(LONG, [*LONG, 7], lookup(0), is_running=True), "not_yet", "not_yet"),
         (second(LONG, [*LONG, 7], None), "lost", "lost"),
         (second(LONG, LONG, None, cached=96), "hit", None),
