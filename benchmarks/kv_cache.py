@@ -105,7 +105,6 @@ def measure(
         model,
         dtype="float32",
         kv_dtype=kv_dtype,
-        prefix_caching=False,  # or the modules would read the dictations along
         max_num_seqs=32,
         max_num_batched_tokens=1024,
         max_model_len=2048,

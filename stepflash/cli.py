@@ -331,7 +331,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-dtype", metavar="TYPE", help=f"of keys and values alone: {', '.join(KV_DTYPES)}")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer, in tokens")
     group.add_argument(
-        "--prefix-cache", metavar="FILE", help="keep what is cached there, across restarts and crashes; made if missing"
+        "--prefix-cache", metavar="FILE", help="keep what was cached there across restarts; made if missing"
     )
 
 
