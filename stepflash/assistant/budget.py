@@ -14,7 +14,7 @@ from typing import Any, Literal
 from stepflash.assistant.loops import LoopDetector
 from stepflash.chat.thought_end import THINK_END, advance
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine.constraints import AllOf, Constraint, Mask
+from stepflash.engine.constraints import ALWAYS_FREE, AllOf, Constraint, Mask
 
 CLOSING_TEXT = "\n\nThat is enough thinking; I answer now.\n"
 LOOP_CLOSING_TEXT = "\n\nI am going round in circles; I answer now with what I have.\n"
@@ -109,6 +109,16 @@ class ThoughtLimit:
     def cut(self) -> Cut | None:
         """Why the thought was closed. Other threads may ask when the thought is over, because then it stays."""
         return None if self._cut_at is None else self._cut_at[1]
+
+    @property
+    def num_free(self) -> int:
+        """So many tokens may be chosen before the mask has to be asked again."""
+        if self._cut_at is not None and self._end is None:
+            return 0
+        if self._end is not None:
+            return ALWAYS_FREE
+        left = ALWAYS_FREE if self._num_tokens is None else self._num_tokens - self._num_accepted
+        return left if self._loops is None else min(left, self._loops.num_free + 1)
 
     def mask(self) -> Mask:
         forced = self.forced()

@@ -6,12 +6,17 @@ of one sentence):
     `MIN_REPEATED_TOKENS` long;
   * a refrain: the same `REFRAIN_TOKENS` tokens came `MIN_REFRAINS` times within the last `REFRAIN_WINDOW` tokens,
     whatever stood between.
-A token costs one comparison with the tokens before it (numpy, some microseconds) and one dictionary entry.
+A token is noted and no more. What was read is looked at only where a loop could be complete at the earliest: after
+each look it is known how much every phrase lacks.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_PERIOD = 512
 MIN_REPEATS = 4
@@ -24,101 +29,144 @@ REFRAIN_WINDOW = 4096
 _PERIODS = np.arange(1, MAX_PERIOD + 1)
 # Tokens that must have equalled the one a period before them: all repetitions but the first.
 _NEEDED = np.maximum(MIN_REPEATS * _PERIODS, MIN_REPEATED_TOKENS) - _PERIODS
-_KEPT_RUNS = 64  # undone without recomputing: more than drafts ever are
+_QUICK = 4  # of a period that does not fit the last so many tokens it need not be known how many it does fit
+_LONGEST = MIN_REPEATS * MAX_PERIOD
+# A phrase is known by a polynomial of its tokens modulo 2**64.
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, j, 1 << 64) for j in range(REFRAIN_TOKENS)], dtype=np.uint64)
+_FREQUENT = 4  # phrases that came so often are the ones whose next times are counted down
 
 
 class LoopDetector:
     """Reads a thought token by token, and back."""
 
     def __init__(self) -> None:
-        self._tokens = np.empty(1024, dtype=np.int64)
-        self._num_tokens = 0
-        # runs[p - 1]: so many tokens in a row equal the one p places before them. The last few states of it.
-        self._runs = [np.zeros(MAX_PERIOD, dtype=np.int32)]
+        self._tokens = array("q")
+        self._num_looked_at = 0
+        self._look_at = (
+            MIN_REPEATED_TOKENS  # number of tokens at which a loop can be complete at the earliest
+        )
         # Where each phrase began, latest last, at most MIN_REFRAINS places, no two overlapping.
         self._places: dict[int, tuple[int, ...]] = {}
+        self._frequent: set[int] = set()
         self._looped_at: int | None = None
 
     @property
     def is_looping(self) -> bool:
         return self._looped_at is not None
 
+    @property
+    def num_free(self) -> int:
+        """So many tokens more, whatever they are, complete no loop."""
+        return 0 if self.is_looping else self._look_at - len(self._tokens) - 1
+
     def accept(self, token_id: int) -> None:
-        if self._num_tokens == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
-        self._tokens[self._num_tokens] = token_id
-        self._num_tokens += 1
-        self._extend_runs()
-        if self._looped_at is None and (self._has_period() or self._has_refrain()):
-            self._looped_at = self._num_tokens
+        self._tokens.append(token_id)
+        if len(self._tokens) >= self._look_at and self._looped_at is None:
+            self._look()
 
     def rollback(self, num_tokens: int) -> None:
-        for _ in range(num_tokens):
-            self._forget_phrase()
-            self._num_tokens -= 1
-        if self._looped_at is not None and self._looped_at > self._num_tokens:
+        num_left = len(self._tokens) - num_tokens
+        if num_left < self._num_looked_at:
+            self._forget_phrases(num_left)
+            self._num_looked_at, self._look_at = num_left, num_left + 1
+        del self._tokens[num_left:]
+        if self._looped_at is not None and self._looped_at > num_left:
             self._looped_at = None
-        del self._runs[max(0, len(self._runs) - num_tokens) :]
-        if not self._runs:
-            self._recompute_runs()
 
-    def _extend_runs(self) -> None:
-        last = self._num_tokens - 1
-        runs = np.zeros(MAX_PERIOD, dtype=np.int32)
-        before = self._tokens[max(0, last - MAX_PERIOD) : last][::-1]
-        runs[: len(before)] = (self._runs[-1][: len(before)] + 1) * (before == self._tokens[last])
-        self._runs.append(runs)
-        if len(self._runs) > _KEPT_RUNS:
-            del self._runs[0]
+    def _look(self) -> None:
+        count = len(self._tokens)
+        self._note_phrases()
+        missing = min(self._missing_of_period(), self._missing_of_refrain())
+        self._num_looked_at = count
+        if missing == 0:
+            self._looped_at = count
+        self._look_at = count + max(1, missing)
 
-    def _recompute_runs(self) -> None:
-        runs = np.zeros(MAX_PERIOD, dtype=np.int32)
-        tokens = self._tokens[: self._num_tokens]
-        for period in range(1, min(MAX_PERIOD, len(tokens) - 1) + 1):
-            differs = np.flatnonzero(tokens[period:] != tokens[:-period])
-            runs[period - 1] = len(tokens) - period - (differs[-1] + 1 if len(differs) else 0)
-        self._runs = [runs]
+    def _missing_of_period(self) -> int:
+        """How many tokens a period lacks, at least; 0 if there is one."""
+        count = len(self._tokens)
+        if count < MIN_REPEATED_TOKENS:
+            return MIN_REPEATED_TOKENS - count
+        tokens = _copy(self._tokens, max(0, count - _LONGEST))
+        periods = _PERIODS[: max(0, len(tokens) - _QUICK)]
+        for back in range(1, _QUICK + 1):
+            periods = periods[tokens[-back] == tokens[-back - periods]]
+        runs = [_run(tokens, period) for period in periods.tolist()]
+        missing = [int(_NEEDED[p - 1]) - run for p, run in zip(periods.tolist(), runs, strict=True)]
+        return max(0, min([int(_NEEDED.min()) - _QUICK + 1, *missing]))
 
-    def _has_period(self) -> bool:
-        return bool((self._runs[-1] >= _NEEDED).any())
+    def _missing_of_refrain(self) -> int:
+        """How many tokens the phrase that came most often lacks, at least; 0 if the last tokens are a refrain."""
+        count = len(self._tokens)
+        oldest = count + 1 - REFRAIN_TOKENS - REFRAIN_WINDOW
+        most = _FREQUENT - 1
+        for phrase in list(self._frequent):
+            places = self._places.get(phrase, ())
+            if len(places) < _FREQUENT or places[-1] < oldest:
+                self._frequent.discard(phrase)
+                continue
+            begin = places[-1]
+            if (
+                begin == count - REFRAIN_TOKENS
+                and len(places) == MIN_REFRAINS
+                and begin - places[0] <= REFRAIN_WINDOW
+            ):
+                return 0
+            most = max(most, sum(place >= oldest for place in places))
+        # The next time may end with the next token, those after it cannot overlap it.
+        return 1 + REFRAIN_TOKENS * max(0, MIN_REFRAINS - 1 - most)
 
-    def _has_refrain(self) -> bool:
-        """Notes the phrase that ends here, and looks whether it has come too often."""
-        begin = self._num_tokens - REFRAIN_TOKENS
-        if begin < 0:
-            return False
+    def _note_phrases(self) -> None:
+        """Note the phrases that end in the tokens since the last look."""
+        begin = max(0, self._num_looked_at - REFRAIN_TOKENS + 1)
+        for place, phrase in enumerate(self._phrases(begin, len(self._tokens)), start=begin):
+            places = self._places.get(phrase, ())
+            if places and place < places[-1] + REFRAIN_TOKENS:
+                continue
+            self._places[phrase] = places = (*places, place)[-MIN_REFRAINS:]
+            if len(places) >= _FREQUENT and phrase not in self._frequent:
+                kinds = set(self._tokens[place : place + REFRAIN_TOKENS])
+                if len(kinds) >= MIN_REFRAIN_KINDS:
+                    self._frequent.add(phrase)
         if len(self._places) > 2 * REFRAIN_WINDOW:
-            self._drop_old_phrases(begin)
-        phrase = self._phrase()
-        places = self._places.get(phrase, ())
-        if places and begin < places[-1] + REFRAIN_TOKENS:
-            return False
-        places = (*places, begin)[-MIN_REFRAINS:]
-        self._places[phrase] = places
-        return (
-            len(places) == MIN_REFRAINS
-            and begin - places[0] <= REFRAIN_WINDOW
-            and len(set(self._tokens[begin : self._num_tokens].tolist())) >= MIN_REFRAIN_KINDS
-        )
+            self._drop_old_phrases()
 
-    def _forget_phrase(self) -> None:
-        """Takes back what the last token noted. A place that had been pushed out is not missed: it was too old, or
-        the thought had been cut by then."""
-        begin = self._num_tokens - REFRAIN_TOKENS
-        if begin < 0:
-            return
-        phrase = self._phrase()
-        places = self._places.get(phrase, ())
-        if places and places[-1] == begin:
-            if len(places) == 1:
-                del self._places[phrase]
-            else:
-                self._places[phrase] = places[:-1]
+    def _phrases(self, begin: int, end: int) -> Sequence[int]:
+        """What stands at each place from `begin` on that ends at `end` or before."""
+        if end - begin < REFRAIN_TOKENS:
+            return ()
+        tokens = _copy(self._tokens, begin)[: end - begin].astype(np.uint64)
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, REFRAIN_TOKENS)
+        phrases: list[int] = (windows @ _POWERS).tolist()
+        return phrases
 
-    def _phrase(self) -> int:
-        return hash(self._tokens[self._num_tokens - REFRAIN_TOKENS : self._num_tokens].tobytes())
+    def _forget_phrases(self, num_left: int) -> None:
+        """Take back what was noted of phrases that end behind the first `num_left` tokens. A place that had been
+        pushed out is not missed: it was too old, or the thought had been cut by then."""
+        begin = max(0, num_left - REFRAIN_TOKENS + 1)
+        phrases = self._phrases(begin, self._num_looked_at)
+        for place in range(begin + len(phrases) - 1, begin - 1, -1):
+            phrase = phrases[place - begin]
+            places = self._places.get(phrase, ())
+            if places and places[-1] == place:
+                if len(places) == 1:
+                    del self._places[phrase]
+                else:
+                    self._places[phrase] = places[:-1]
 
-    def _drop_old_phrases(self, begin: int) -> None:
+    def _drop_old_phrases(self) -> None:
         """A phrase counts only within the window; the margin covers what may still be taken back."""
-        oldest = begin - REFRAIN_WINDOW - _KEPT_RUNS
+        oldest = len(self._tokens) - REFRAIN_TOKENS - REFRAIN_WINDOW - 64
         self._places = {phrase: places for phrase, places in self._places.items() if places[-1] >= oldest}
+
+
+def _copy(tokens: array[int], begin: int) -> NDArray[np.int64]:
+    """A copy, because an array that is looked into cannot grow."""
+    return np.frombuffer(tokens, dtype=np.int64)[begin:].copy()
+
+
+def _run(tokens: NDArray[np.int64], period: int) -> int:
+    """So many tokens at the end equal the one a period before them."""
+    differs = (tokens[period:] != tokens[:-period])[::-1]
+    first = int(differs.argmax())
+    return first if differs[first] else len(differs)

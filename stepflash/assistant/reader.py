@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stepflash.assistant.budget import limit_of
 from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
@@ -247,25 +248,24 @@ class AnswerReader:
             if self._think_end_id is not None and self._think_end_id in token_ids:
                 num_reasoning = token_ids.index(self._think_end_id) + 1
                 self._is_reasoning = False
-        usage = replace(
-            self._usage,
-            completion_tokens=self._usage.completion_tokens + len(token_ids),
-            reasoning_tokens=self._usage.reasoning_tokens + num_reasoning,
-        )
+        usage = self._usage
+        changes: dict[str, Any] = {
+            "completion_tokens": usage.completion_tokens + len(token_ids),
+            "reasoning_tokens": usage.reasoning_tokens + num_reasoning,
+        }
         if usage.task_reasoning_tokens is not None:
-            usage = replace(usage, task_reasoning_tokens=usage.task_reasoning_tokens + num_reasoning)
+            changes["task_reasoning_tokens"] = usage.task_reasoning_tokens + num_reasoning
         if was_reasoning and not self._is_reasoning and self._limit is not None:
-            usage = replace(usage, thinking_cut=self._limit.cut)
+            changes["thinking_cut"] = self._limit.cut
         if stats is not None:
-            usage = replace(
-                usage,
-                cached_tokens=stats.num_cached_tokens,
-                drafted_tokens=sum(stats.num_drafted_tokens),
-                accepted_draft_tokens=sum(stats.num_accepted_tokens),
-                num_steps=stats.num_steps,
-                queue_seconds=stats.queue_seconds,
-            )
-        self._usage = usage
+            changes |= {
+                "cached_tokens": stats.num_cached_tokens,
+                "drafted_tokens": sum(stats.num_drafted_tokens),
+                "accepted_draft_tokens": sum(stats.num_accepted_tokens),
+                "num_steps": stats.num_steps,
+                "queue_seconds": stats.queue_seconds,
+            }
+        self._usage = replace(usage, **changes)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,6 +1,6 @@
 """What a stream carries, and what it amounts to.
 
-A stream is a sequence of `Progress` (one per engine step: its token ids, log-probabilities and the running
+A stream is a sequence of `Progress` (one per output of the engine: its token ids, log-probabilities and the running
 usage), `TextLogprobs` and `Event`; the last item is the one `Finish`. `fold` turns it into an `Answer`; a reply that
 is not streamed is that fold and nothing else, so it cannot differ from the streamed one.
 """
@@ -86,7 +86,7 @@ def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One engine step beside its events. `token_ids` holds no stop token; `usage` is running."""
+    """One output of the engine beside its events. `token_ids` holds no stop token; `usage` is running."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]

@@ -8,6 +8,8 @@ THINK_END = b"</think>"
 def advance(progress: int, token: bytes) -> int:
     """How much of `</think>` stands at the end after one more token, `progress` bytes of it before; its whole length:
     the thought is over, be it that the token goes on behind it."""
+    if not progress and b"<" not in token:
+        return 0
     text = THINK_END[:progress] + token
     if THINK_END in text:
         return len(THINK_END)

@@ -44,11 +44,27 @@ class Constraint(Protocol):
         ...
 
 
+ALWAYS_FREE = 1 << 30
+
+
+def num_free(constraint: Constraint) -> int:
+    """So many tokens may be anything at all, whatever the ones before are: their masks need not be asked for.
+
+    A constraint knows that if it has an attribute `num_free`; of any other it is not known, so it is 0.
+    """
+    number: int = getattr(constraint, "num_free", 0)
+    return number
+
+
 class AllOf:
     """Several constraints at once: a token is allowed when all of them allow it."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         self.constraints = tuple(constraints)
+
+    @property
+    def num_free(self) -> int:
+        return min(map(num_free, self.constraints))
 
     def mask(self) -> Mask:
         masks = [m for m in (constraint.mask() for constraint in self.constraints) if m is not None]

@@ -1,7 +1,7 @@
 """The engine thread and its asyncio face.
 
 One thread owns the `EngineCore` and everything in it. Other threads put commands into its inbox; outputs go back
-to the event loop that submitted the request, one call per step and loop. Nothing else is shared. The thread
+to the event loop that submitted the request, those of a step together (`Outbox`). Nothing else is shared. The thread
 survives every exception: what cannot be attributed to a request ends those that were running, no more. Where even
 that fails, or the thread itself is ended, another one takes over with a new core: requests that ran get an error,
 those that come later do not notice.
@@ -16,11 +16,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from itertools import chain
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 from stepflash.engine.core import EngineCore, EngineStats
+from stepflash.engine.network import NativeNetwork
+from stepflash.engine.outbox import Outbox, Stream
 from stepflash.engine.request import CacheLookup, Output, Request
 from stepflash.errors import EngineError
 
@@ -28,8 +32,6 @@ logger = logging.getLogger(__name__)
 SMALL_PARAMETERS = 50_000_000
 IDLE_SECONDS = 5.0  # without work, before the prefix cache is saved
 T = TypeVar("T")
-# What a stream receives: outputs, or why its request was refused.
-_Stream = asyncio.Queue[Output | BaseException]
 
 
 class Engine:
@@ -38,11 +40,15 @@ class Engine:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, _Stream]] = {}
+        self._streams: dict[str, tuple[Outbox, Stream]] = {}
+        # Each lives as long as a stream that it serves.
+        self._outboxes: WeakValueDictionary[asyncio.AbstractEventLoop, Outbox] = WeakValueDictionary()
         self._stats = core.stats()
         self._is_closed = False
         self._num_threads = torch.get_num_threads()
-        self._num_parameters = sum(p.numel() for p in core.runner.model.parameters())
+        model = core.runner.model
+        # Packed weights are buffers.
+        self._num_parameters = sum(p.numel() for p in chain(model.parameters(), model.buffers()))
         self.num_restarts = 0
         self._thread = self._start(self._run)
 
@@ -110,9 +116,9 @@ class Engine:
         return thread
 
     async def _stream(self, request: Request) -> AsyncIterator[Output]:
-        stream: _Stream = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        self._inbox.put(lambda: self._add(request, loop, stream))
+        stream: Stream = asyncio.Queue()
+        outbox = self._outbox(asyncio.get_running_loop())
+        self._inbox.put(lambda: self._add(request, outbox, stream))
         is_running = True
         try:
             while is_running:
@@ -125,6 +131,12 @@ class Engine:
         finally:
             if is_running:
                 self.abort(request.request_id)
+
+    def _outbox(self, loop: asyncio.AbstractEventLoop) -> Outbox:
+        outbox = self._outboxes.get(loop)
+        if outbox is None:
+            outbox = self._outboxes[loop] = Outbox(loop)
+        return outbox
 
     # Everything below runs on the engine thread.
 
@@ -174,12 +186,15 @@ class Engine:
             logger.exception("the prefix cache could not be saved")
 
     def _choose_threads(self) -> None:
-        """Let a small model decode on one thread, so that the event loop has a processor to itself.
+        """Let a small model decode on one thread where torch runs its operations.
 
-        Its operations are too short to gain from a second thread, and they lose a great deal when that thread has
-        to wait for its turn: 16 streams of nano on two cores came at a third of the engine's speed.
+        They are too short to gain from a second thread, and they lose a great deal when that thread has to wait for
+        its turn beside the event loop: 16 streams of nano on two cores came at a third of the engine's speed. A
+        native network never waits for a thread that the system has put aside.
         """
-        if self._num_parameters < SMALL_PARAMETERS:
+        if self._num_parameters < SMALL_PARAMETERS and not isinstance(
+            self._core.runner.network, NativeNetwork
+        ):
             is_decoding = self._core.is_decoding
             torch.set_num_threads(1 if is_decoding else self._num_threads)
 
@@ -191,9 +206,8 @@ class Engine:
     def _end_streams(self, error: str) -> None:
         """End every request without asking the core, which cannot be trusted any more."""
         streams, self._streams = self._streams, {}
-        for name, (loop, stream) in streams.items():
-            output = Output(request_id=name, finish_reason="error", error=error)
-            _call(loop, lambda stream=stream, output=output: stream.put_nowait(output))  # type: ignore[misc]
+        for name, (outbox, stream) in streams.items():
+            outbox.put(stream, Output(request_id=name, finish_reason="error", error=error))
 
     def _handle_inbox(self) -> bool:
         """Do what others asked for; waits while there is nothing else to do. False to end.
@@ -202,6 +216,8 @@ class Engine:
         """
         while True:
             is_busy = self._core.has_work
+            if is_busy and self._inbox.empty():
+                return True
             is_saved = self._core.saver is None or not self._core.saver.has_news
             try:
                 command = self._inbox.get(not is_busy, None if is_saved else IDLE_SECONDS)
@@ -216,17 +232,16 @@ class Engine:
             # Idle gauges must not be older than what happened to the last request.
             self._stats = self._core.stats()
 
-    def _add(self, request: Request, loop: asyncio.AbstractEventLoop, stream: _Stream) -> None:
+    def _add(self, request: Request, outbox: Outbox, stream: Stream) -> None:
         if request.request_id in self._streams:
-            error = EngineError(f"request id {request.request_id!r} is already running")
-            _call(loop, lambda: stream.put_nowait(error))
+            outbox.put(stream, EngineError(f"request id {request.request_id!r} is already running"))
             return
         try:
             self._core.add(request)
         except Exception as refusal:
-            _call(loop, lambda refusal=refusal: stream.put_nowait(refusal))  # type: ignore[misc]
+            outbox.put(stream, refusal)
             return
-        self._streams[request.request_id] = loop, stream
+        self._streams[request.request_id] = outbox, stream
 
     def _abort(self, request_id: str) -> None:
         output = self._core.abort(request_id)
@@ -235,30 +250,12 @@ class Engine:
             self._send([output])
 
     def _send(self, outputs: list[Output]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]] = {}
         for output in outputs:
             if output.request_id not in self._streams:
                 continue
-            loop, stream = self._streams[output.request_id]
+            outbox, stream = self._streams[output.request_id]
             if output.finish_reason is not None:
                 del self._streams[output.request_id]
-            by_loop.setdefault(loop, []).append((stream, output))
-        for loop, items in by_loop.items():
-            if not _call(loop, lambda items=items: _put_all(items)):  # type: ignore[misc]
-                for _, output in items:
-                    self._streams.pop(output.request_id, None)
-                    self._core.abort(output.request_id)
-
-
-def _put_all(items: list[tuple[_Stream, Output]]) -> None:
-    for stream, output in items:
-        stream.put_nowait(output)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:
-    """Run a function in an event loop; False if the loop is gone, and its requests with it."""
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        return False
-    return True
+            if not outbox.put(stream, output):
+                self._streams.pop(output.request_id, None)
+                self._core.abort(output.request_id)

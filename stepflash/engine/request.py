@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out: token ids, never text.
 
 `SamplingParams` and `Request` are validated when they are made, so that nothing wrong reaches the engine
-thread. `Output` is one step's worth of news about a request; `RequestStats` says what it cost.
+thread. `Output` is news about a request; `RequestStats` says what it cost.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """News of one request after one step. The last one has a `finish_reason`.
+    """News of one request after a step, or after several quick ones (`outbox`). The last has a `finish_reason`.
 
     `token_ids` includes the stop token that ended the request. `stats` is a live view until then.
     """

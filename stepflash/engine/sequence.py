@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from stepflash.engine.constraints import Constraint
+from stepflash.engine.constraints import Constraint, num_free
 from stepflash.engine.kv_cache import SequenceBlocks
 from stepflash.engine.request import Request, RequestStats, SamplingParams
 from stepflash.engine.sampler import SamplerState
@@ -86,6 +86,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens without keys and values; at least one while the sequence runs."""
         return len(self.token_ids) - self.num_computed
+
+    def restriction(self, num_tokens: int) -> Constraint | None:
+        """What must be asked about the next `num_tokens` tokens; None if they may be anything."""
+        is_free = self.constraint is None or num_free(self.constraint) >= num_tokens
+        return None if is_free else self.constraint
 
     @property
     def order(self) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def rows_to_verify(seq: Sequence, drafts: Seq[int], sampler: Sampler) -> list[Ro
     """What to choose after the last known token and after each draft, should the drafts before it be right."""
     num_tokens = len(seq.token_ids)
     rows = []
-    with Walk(seq.constraint, sampler) as walk:
+    with Walk(seq.restriction(len(drafts) + 1), sampler) as walk:
         allowed = walk.allowed()
         for i in range(len(drafts) + 1):
             rows.append(Row(seq.sampler, num_tokens + i, drafts[:i], allowed, seq.sampling.logprobs))
@@ -156,7 +156,7 @@ def depth_ahead(seqs: Seq[Sequence], adaptive_depth: int) -> int:
     """The depth to which all these sequences may draft within the trunk's call.
 
     0 unless they agree, are at their last known token, choose greedily and have modules that have read all known
-    tokens: then it is clear before the trunk runs what each module will have to read.
+    tokens, and may say what they like meanwhile: then it is clear before the trunk runs what each module will read.
     """
     depth = wanted_depth(seqs[0], adaptive_depth)
     return depth if all(_may_run_ahead(seq, depth, adaptive_depth) for seq in seqs) else 0
@@ -167,7 +167,7 @@ def _may_run_ahead(seq: Sequence, depth: int, adaptive_depth: int) -> bool:
     return (
         wanted_depth(seq, adaptive_depth) == depth > 0
         and seq.num_pending == 1
-        and seq.constraint is None
+        and seq.restriction(len(seq.drafts) + 1 + depth) is None
         and seq.sampling.logprobs is None
         and seq.sampler.is_greedy
         and mtp.num_computed[:depth] == [len(seq.token_ids)] * depth
@@ -192,7 +192,7 @@ def advance(
         works = []
         for job in jobs:
             seq = job.seq
-            walk = stack.enter_context(Walk(seq.constraint, sampler))
+            walk = stack.enter_context(Walk(seq.restriction(job.depth), sampler))
             job.mtp = seq.mtp.copy()
             job.drafts, job.carries = [], {}
             rows = _join(seq.mtp.pending[0], job.hidden_states) if seq.num_modules else None
@@ -225,7 +225,7 @@ def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
     num_known, mtp = len(seq.token_ids), seq.mtp
     if not (
         job.depth == depth > 0
-        and seq.constraint is None
+        and seq.restriction(depth) is None
         and seq.sampler.is_greedy
         and num_known == seq.num_computed + 1
     ):

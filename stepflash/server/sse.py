@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -23,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from stepflash.errors import ServerClosing
 from stepflash.server.closing import Closing
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -45,9 +47,8 @@ class ClientGone(Exception):
 
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
     """One `data:` frame, after an `event:` line if the event has a name."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return name + b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    return name + b"data: " + _encode(data).encode("utf-8", "replace") + b"\n\n"
 
 
 class EventStream(Response):
@@ -73,55 +74,72 @@ class EventStream(Response):
         self._last_words = last_words
         self._is_started = False
         self._keep_alive = keep_alive
-        self._sent_at = 0.0
+        self._sent_at = time.monotonic()
+        self._sending_since: float | None = None  # while a frame is on its way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGone from None
-
         try:
-            await unless_disconnected(receive, self._send_all(send_in_time), self._closing)
+            await unless_disconnected(receive, self._send_all(send), self._closing)
         except ClientGone:
             return
         except ServerClosing:
             if not self._is_started:
                 raise
-            with contextlib.suppress(ClientGone):
-                await send_in_time(
-                    {"type": "http.response.body", "body": self._last_words(), "more_body": False}
-                )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._send_seconds):
+                    await send(_body(self._last_words(), more_body=False))
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._is_started = True
-        self._sent_at = time.monotonic()
-        keep_alive = asyncio.create_task(self._send_when_silent(send))
+        """Raises ClientGone when the client takes nothing any more."""
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         try:
-            async with aclosing(self._frames) as frames:
-                async for data in frames:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                    self._sent_at = time.monotonic()
-        finally:
-            keep_alive.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # A timer for each frame would cost as much as the frame; one task looks after all of them.
+            async with asyncio.timeout(None) as patience:
+                watching = asyncio.create_task(self._watch(send, patience))
+                try:
+                    await self._send(send, start)
+                    self._is_started = True
+                    async with aclosing(self._frames) as frames:
+                        async for data in frames:
+                            await self._send(send, _body(data))
+                    await self._send(send, _body(b"", more_body=False))
+                finally:
+                    watching.cancel()
+        except TimeoutError:
+            raise ClientGone from None
 
-    async def _send_when_silent(self, send: Send) -> None:
+    async def _send(self, send: Send, message: Message) -> None:
+        self._sending_since = time.monotonic()
+        await send(message)
+        self._sent_at, self._sending_since = self._sending_since, None
+
+    async def _watch(self, send: Send, patience: asyncio.Timeout) -> None:
+        """Break a silence; end `patience` when a frame is not taken."""
+        send_seconds = math.inf if self._send_seconds is None else self._send_seconds
         while True:
-            wait_seconds = self._sent_at + self._keep_alive.seconds - time.monotonic()
-            if wait_seconds > 0:
-                await asyncio.sleep(wait_seconds)
+            now, sending_since = time.monotonic(), self._sending_since
+            since, limit = (
+                (self._sent_at, self._keep_alive.seconds)
+                if sending_since is None
+                else (sending_since, send_seconds)
+            )
+            if now < since + limit:
+                # Not for longer than any limit: a frame that is begun meanwhile is seen in time.
+                await asyncio.sleep(min(since + limit - now, send_seconds, self._keep_alive.seconds))
                 continue
             try:
-                await send(
-                    {"type": "http.response.body", "body": self._keep_alive.frame(), "more_body": True}
-                )
-            except ClientGone:
-                return  # the next frame will find out, too
-            self._sent_at = time.monotonic()
+                if sending_since is not None:
+                    raise TimeoutError
+                async with asyncio.timeout(self._send_seconds):
+                    await send(_body(self._keep_alive.frame()))
+                self._sent_at = time.monotonic()
+            except TimeoutError:
+                patience.reschedule(0)
+                return
+
+
+def _body(data: bytes, *, more_body: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more_body}
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], closing: Closing) -> T:

@@ -48,6 +48,11 @@ def test_any_walk_forward_and_back(budget: int, steps: list[int]) -> None:
             token_id = step if only is None else only
             constraint.accept(token_id)
             tokens.append(token_id)
+        # Free for as long as nothing can be dictated, whatever comes meanwhile; END among it.
+        num_free = 0
+        while num_free < 7 and allowed(tokens + [1] * num_free, budget) is None:
+            num_free += 1
+        assert min(constraint.num_free, 7) == num_free
         only = allowed(tokens, budget)
         assert constraint.mask() == (None if only is None else {only})
         forced = list(constraint.forced())

@@ -21,8 +21,12 @@ from stepflash.assistant.loops import (
 def first_loop(tokens: Sequence[int]) -> int | None:
     """How many tokens are read when the detector says so."""
     detector = LoopDetector()
+    num_free = 0
     for count, token_id in enumerate(tokens, start=1):
+        num_free = max(num_free - 1, detector.num_free)
         detector.accept(token_id)
+        # What was free at any time before completes no loop.
+        assert num_free <= 0 or not detector.is_looping
         if detector.is_looping:
             return count
     return None

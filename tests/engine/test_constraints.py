@@ -72,6 +72,44 @@ def test_output_under_a_constraint_is_the_same_at_any_depth(new_core: NewCore, t
     assert all(other == outputs[0] for other in outputs)
 
 
+class Late(Alternating):
+    """Free for 12 tokens; then a phrase is dictated, and it is free again."""
+
+    num_masks = 0
+
+    def mask(self) -> Sequence[int] | None:  # type: ignore[override]
+        self.num_masks += 1
+        return self.forced()[:1] or None
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in (self.forced()[:1] or [token_id])
+        self.token_ids.append(token_id)
+
+
+class KnownLate(Late):
+    """Says so."""
+
+    @property
+    def num_free(self) -> int:
+        place = len(self.token_ids)
+        return 12 - place if place <= 12 else 0 if self.forced() else 1000
+
+
+def test_freedom_that_is_known_changes_nothing_but_the_questions(new_core: NewCore) -> None:
+    seen = {}
+    for kind in (Late, KnownLate):
+        for depth in (0, 1, 2, 3, None):
+            constraint = kind(12, [300, 301])
+            alone: Constraint = AllOf([constraint]) if depth == 2 else constraint
+            options = {"temperature": 0.0, "draft_depth": depth, "constraint": alone}
+            done = drive(new_core(), request("a", [9] * 20, max_tokens=30, **options))["a"]
+            assert constraint.token_ids == done.token_ids
+            seen[kind, depth] = done.token_ids, constraint.num_masks
+    assert len({tuple(token_ids) for token_ids, _ in seen.values()}) == 1
+    assert seen[Late, 0][0][12:14] == [300, 301]
+    assert all(seen[KnownLate, depth][1] < seen[Late, depth][1] / 2 for depth in (0, 1, 2, 3, None))
+
+
 def test_forced_tokens_take_one_step(new_core: NewCore) -> None:
     phrase = [300, 301, 302, 303, 304, 305, 306, 307]
     for depth in (0, 3):

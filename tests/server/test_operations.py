@@ -26,7 +26,7 @@ from stepflash.server.keys import read_key_file
 from stepflash.server.limits import Bucket
 from stepflash.server.tracing import spans_to
 from stepflash.settings import ServerSettings
-from tests.scripted_engine import END, scripted_session
+from tests.scripted_engine import END, engine_of, scripted_session
 from tests.server.in_process import Client, client_of
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -243,6 +243,36 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure() -> None:
 
     asyncio.run(asyncio.wait_for(app(_scope(), receive, send), 20))
     assert 'stepflash_requests_total{route="/v1/chat/completions",status="499"} 1.0' in metrics(Client(app))
+
+
+def test_a_client_that_takes_nothing_is_left() -> None:
+    """Its buffer is full: the frame is not taken, the stream ends, and with it the request in the engine."""
+    session = scripted_session("x" * 50, pause=0.01)
+
+    async def run() -> float:
+        app = create_app(session, "scripted", settings=ServerSettings(send_seconds=0.2))
+        body = json.dumps({**CHAT_BODY, "stream": True}).encode()
+        request = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if not request:
+                await asyncio.sleep(60)
+            return request.pop()
+
+        num_sent = 0
+
+        async def send(message: Any) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent > 3:
+                await asyncio.sleep(60)
+
+        started = time.monotonic()
+        await asyncio.wait_for(app(_scope(), receive, send), 20)
+        return time.monotonic() - started
+
+    assert 0.2 <= asyncio.run(run()) < 10
+    assert len(engine_of(session).aborted) == 1
 
 
 def _scope() -> dict[str, Any]:
