@@ -72,13 +72,13 @@ class Calibration:
                     self.source.tensors["model.embed_tokens.weight"], torch.bfloat16, memory_map=True
                 )
                 self.hidden = F.embedding(self.ids, table).float()
-            layer = _LayerRounder(self)
+            layer = LayerRounder(self)
             self.hidden = layer.run(self.hidden)
         self.next_layer += 1
         return layer.packed
 
 
-class _Inputs:
+class Inputs:
     """What stacked matrices read, [num_tokens, k] each; those that read the same share the factor."""
 
     def __init__(self, rows: Sequence[Tensor]) -> None:
@@ -89,7 +89,9 @@ class _Inputs:
         return inverse_factor(torch.stack([rows.T @ rows for rows in self.rows]))
 
 
-class _LayerRounder:
+class LayerRounder:
+    """Rounds the next layer of a run; `round_stacked` says how, and benchmarks compare other ways there."""
+
     def __init__(self, run: Calibration) -> None:
         self.index, self.tensors, self.formats = run.next_layer, run.source.tensors, run.formats
         self.attend, self.positions = run.attend, run.positions
@@ -107,7 +109,7 @@ class _LayerRounder:
         layer = self.layer
         cos_sin = rotation(inverse_frequencies(layer.rope), self.positions)
         normed = layer.input_layernorm(hidden)
-        inputs = _Inputs([normed])
+        inputs = Inputs([normed])
         for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
             self.round(f"self_attn.{name}", inputs)
         del inputs
@@ -116,7 +118,7 @@ class _LayerRounder:
         def take(module: object, inputs: tuple[Tensor]) -> None:
             if not before:
                 before.append(inputs[0])
-                self.round("self_attn.o_proj", _Inputs(inputs))
+                self.round("self_attn.o_proj", Inputs(inputs))
 
         hook = layer.self_attn.o_proj.register_forward_pre_hook(take)
         hidden = hidden + layer.self_attn(normed, cos_sin, self.attend)
@@ -132,20 +134,20 @@ class _LayerRounder:
         )
 
     def round_mlp(self, name: str, mlp: MLP, x: Tensor) -> Tensor:
-        inputs = _Inputs([x])
+        inputs = Inputs([x])
         for part in ("gate_proj", "up_proj"):
             self.round(f"{name}.{part}", inputs)
         del inputs
         hidden = clamped_swiglu(mlp.gate_proj(x), mlp.up_proj(x), mlp.limit)
-        self.round(f"{name}.down_proj", _Inputs([hidden]))
+        self.round(f"{name}.down_proj", Inputs([hidden]))
         return mlp.down_proj(hidden)  # type: ignore[no-any-return]
 
-    def round(self, name: str, inputs: _Inputs) -> None:
+    def round(self, name: str, inputs: Inputs) -> None:
         """Round one matrix for its inputs and put its new values into the layer."""
         full = f"{self.prefix}.{name}.weight"
         weight = materialize(self.tensors[full], torch.float32)
         self.packed[full] = self._empty(full)
-        rounded = self._round(full, weight[None], inputs, self.packed[full][None])
+        rounded = self.round_stacked(full, weight[None], inputs, self.packed[full][None])
         put(self.layer, f"{name}.weight", rounded[0])
 
     def round_experts(self, moe: MoE, x: Tensor) -> Tensor:
@@ -163,15 +165,15 @@ class _LayerRounder:
         for first, gate, up, down in zip(range(0, num_experts, batch), *readers, strict=True):
             experts = range(first, min(first + batch, num_experts))
             tokens = [self._tokens_of(expert, scores, topk_ids) for expert in experts]
-            inputs = _Inputs([x[rows] for rows in tokens])
+            inputs = Inputs([x[rows] for rows in tokens])
             here = slice(experts.start, experts.stop)
-            gate = self._round(names[0], gate, inputs, packed[0][here])
-            up = self._round(names[1], up, inputs, packed[1][here])
+            gate = self.round_stacked(names[0], gate, inputs, packed[0][here])
+            up = self.round_stacked(names[1], up, inputs, packed[1][here])
             hidden = [
                 clamped_swiglu(F.linear(rows, gate[i]), F.linear(rows, up[i]), moe.limit)
                 for i, rows in enumerate(inputs.rows)
             ]
-            down = self._round(names[2], down, _Inputs(hidden), packed[2][here])
+            down = self.round_stacked(names[2], down, Inputs(hidden), packed[2][here])
             for i, expert in enumerate(experts):
                 # Tokens that only helped to calibrate have weight 0.
                 weights = (topk_weights * (topk_ids == expert))[tokens[i]].sum(-1, keepdim=True)
@@ -194,7 +196,7 @@ class _LayerRounder:
         assert fmt is not None, f"{name} is planned as packed"
         return torch.empty(*shape[:-2], packed_bytes(fmt, *shape[-2:]), dtype=torch.uint8)
 
-    def _round(self, name: str, weight: Tensor, inputs: _Inputs, out: Tensor) -> Tensor:
+    def round_stacked(self, name: str, weight: Tensor, inputs: Inputs, out: Tensor) -> Tensor:
         """Pack stacked matrices [batch, n, k] into `out` [batch, num_bytes]; returns the values they stand for."""
         fmt = self.formats[name]
         assert fmt is not None, f"{name} is planned as packed"

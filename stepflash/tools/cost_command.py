@@ -16,7 +16,7 @@ from stepflash.tools.cost_fit import TOLERANCE, grid, leave_one_out
 from stepflash.tools.decode_cost import SOURCES, Assumptions, CardEntry, Serving, card, compare, log_error
 from stepflash.tools.hardware import CHIPS, Chip, parse_quantity
 from stepflash.tools.plan_command import load_config
-from stepflash.tools.published_costs import paper_cost, prefill_flops_tables
+from stepflash.tools.published_costs import ablation_table, paper_cost, prefill_flops_tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -317,6 +317,17 @@ def _print_published(console: Console, entries: Sequence[CardEntry], assumptions
         for row in prefill_flops_tables()
     ]
     console.print(_table(("change", "context", "report", "counted"), cells))
+    console.print(
+        "\nEvery second layer full in the report's 30B ablation, from all layers full", style="bold"
+    )
+    cells = [
+        (row["phase"], f"{row['all_full']:.2f}", f"{row['report']:.2f}", f"{row['computed']:.3f}")
+        for row in ablation_table()
+    ]
+    console.print(_table(("operations", "all full", "report", "counted"), cells))
+    console.print(
+        "Its sizes are not public: how much a full layer costs is taken from the report's first column."
+    )
 
 
 def _table(columns: Sequence[str], cells: Sequence[Sequence[str]], right: bool = True) -> Any:

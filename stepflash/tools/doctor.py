@@ -38,6 +38,7 @@ PACKAGES = (
     "prometheus-client",
     "cryptography",
 )
+CACHE_BYTES = 256 << 20  # as much as the last-level caches of today's processors hold, or more
 STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -219,10 +220,20 @@ def _print_expectation(
     for ceiling in best.ceilings:
         line(
             "",
-            f"{ceiling.tokens_per_second:.1f} tok/s with {ceiling.num_drafts} drafts at {request.context:,} tokens"
-            f" (bound by {ceiling.bound}"
+            f"{ceiling.tokens_per_second:.1f} tok/s with {_count(ceiling.num_drafts, 'draft')} at"
+            f" {request.context:,} tokens (bound by {ceiling.bound}"
             + (f", {request.acceptance:.0%} of drafts accepted)" if ceiling.num_drafts else ")"),
         )
+    if best.ceilings and best.ceilings[0].bytes_per_step < CACHE_BYTES:
+        line(
+            "",
+            f"a step reads only {show_bytes(best.ceilings[0].bytes_per_step)}: what stays in the processor's cache"
+            " is faster than these bounds of the memory",
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _show_rate(rate: float) -> str:

@@ -2,7 +2,8 @@
 
 `paper_cost` is the one that the model card refers to (arXiv 2507.19427); `prefill_flops_tables` repeats the
 columns of the Step 3.5 Flash report that follow from plain counts of operations. Its decode columns do not
-follow from these counts (they imply a linear term several times larger), so they are not repeated.
+follow from these counts (they imply a linear term several times larger), so they are not repeated. Of its 30B
+ablation, whose sizes are not public, `ablation_table` repeats what needs no sizes.
 """
 
 from __future__ import annotations
@@ -92,4 +93,28 @@ def prefill_flops_tables() -> list[dict[str, Any]]:
         }
         for name, heads, is_full, values in REPORT_PREFILL
         for context, known in zip(REPORT_CONTEXTS, values, strict=True)
+    ]
+
+
+# Table 1 of the report, 30B-A3B: relative operations of attention with all layers full, and with every second one;
+# the base has one full layer in four.
+REPORT_ABLATION = {"decode": (2.68, 1.58), "prefill": (2.90, 1.65)}
+ABLATION_LAYERS = 48
+
+
+def ablation_table(num_layers: int = ABLATION_LAYERS) -> list[dict[str, Any]]:
+    """Every second layer full, from the report's value for all layers full: the sizes cancel.
+
+    If each full layer costs the same more than a sliding one, the relative operations are linear in their number:
+    from one in four (1) to all of them. Layers count from a full one, as in the released model.
+    """
+    quarter, half = -(-num_layers // 4), -(-num_layers // 2)
+    return [
+        {
+            "phase": phase,
+            "all_full": all_full,
+            "report": report,
+            "computed": 1 + (all_full - 1) * (half - quarter) / (num_layers - quarter),
+        }
+        for phase, (all_full, report) in REPORT_ABLATION.items()
     ]

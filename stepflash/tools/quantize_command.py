@@ -82,6 +82,8 @@ def run(options: argparse.Namespace, accuracy: Accuracy) -> int:
     from stepflash.weights.signature import open_signing_key, public_hex
 
     source = open_checkpoint(resolve_model(options.model))
+    if options.tasks < 0:
+        raise ConfigError(f"--tasks must be 0 or more, got {options.tasks}")
     if options.tasks and not _has_nanos_tokenizer(source.path):
         raise ConfigError(f"--tasks are nano's own tasks; {options.model} does not have nano's tokenizer")
     protect = [_protected(text) for text in options.protect]

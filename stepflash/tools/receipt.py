@@ -109,8 +109,10 @@ def documents(path: Path, text_file: Path | None = None, shipped: Path = TEXTS) 
     else:
         try:
             texts, source = text_file.read_text(encoding="utf-8").split("\n---\n"), text_file.name
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{text_file}: cannot read: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{text_file}: cannot read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{text_file}: is not text in UTF-8: {error}") from error
     tokenizer = Tokenizer.from_pretrained(path)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encoded = [(bos + tokenizer.encode(text))[:MAX_DOCUMENT_TOKENS] for text in texts if text.strip()]

@@ -30,6 +30,7 @@ from stepflash.settings import allows_known_bad
 from stepflash.weights.checkpoint import Checkpoint, is_packed
 from stepflash.weights.known_bad import known_bad
 from stepflash.weights.packed import hashed
+from stepflash.weights.safetensors import is_file_name
 from stepflash.weights.signature import DIGEST, canonical_digest, signer_of, trusted_signers
 from stepflash.weights.stored import StoredTensor
 
@@ -97,6 +98,10 @@ def read_receipt(folder: Path) -> Receipt | None:
         digests = {name: entry["sha256"] for name, entry in values["tensors"].items()}
         version, own = values["version"], values[DIGEST]
         values["recipe"].get("rounding")
+        if not all(map(is_file_name, values.get("files", {}).keys())):
+            raise ValueError("files has a name that no file can have")
+        if values.get("quality") is not None:
+            describe_quality(values["quality"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a receipt: {type(error).__name__}: {error}") from error
     if version != VERSION:
@@ -128,7 +133,7 @@ def standing(checkpoint: Checkpoint, receipt: Receipt | None) -> tuple[str, str]
     if missing := set(checkpoint.tensors) - set(receipt.digests):
         return BAD, f"its receipt does not list {sorted(missing)[0]}; it is of another checkpoint"
     for name, digest in receipt.values.get("files", {}).items():
-        path = checkpoint.path / Path(name).name
+        path = checkpoint.path / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             return BAD, f"{name} is not the file that its receipt lists"
     if receipt.signer is None:
@@ -166,11 +171,18 @@ def verdict(receipt: Receipt | None) -> str:
     """One line about the quality."""
     if receipt is None:
         return "unknown: no receipt"
-    quality = receipt.values.get("quality")
-    if receipt.is_good is None or not isinstance(quality, Mapping):
+    if receipt.is_good is None:
         return "unknown: its receipt has digests but no measurement"
-    numbers = (
+    return f"{'good' if receipt.is_good else 'bad'}: {describe_quality(receipt.values['quality'])}"
+
+
+def describe_quality(quality: Mapping[str, Any]) -> str:
+    """The measured numbers.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not there, or are no numbers.
+    """
+    return (
         f"KL {quality['mean_kl']:.4f} nats a token, top-1 agreement {quality['top1_agreement']:.1%} on "
         f"{quality['num_tokens']} tokens"
     )
-    return f"{'good' if receipt.is_good else 'bad'}: {numbers}"

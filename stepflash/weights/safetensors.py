@@ -211,6 +211,16 @@ def _only_file(folder: Path) -> Path:
     raise WeightsError(f"{folder}: no {INDEX_NAME} and no *.safetensors file")
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a file beside the one that names it can have this name."""
+    return (
+        bool(text)
+        and "\0" not in text
+        and Path(text).name == text
+        and len(text.encode(errors="replace")) < 256
+    )
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         raw = json.loads(path.read_bytes())
@@ -222,7 +232,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path}: has no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+        if not isinstance(shard, str) or not is_file_name(shard):
             raise WeightsError(f"{path}: tensor {name!r} is mapped to {shard!r}, which is not a file name")
     return weight_map
 

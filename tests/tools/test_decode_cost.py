@@ -23,7 +23,7 @@ from stepflash.tools.decode_cost import (
     step_seconds,
 )
 from stepflash.tools.hardware import CHIPS, Chip
-from stepflash.tools.published_costs import paper_cost, prefill_flops_tables
+from stepflash.tools.published_costs import ablation_table, paper_cost, prefill_flops_tables
 from stepflash.tools.weight_formats import touched_fraction
 
 CARD = {entry.model.name: entry for entry in card()}
@@ -182,6 +182,27 @@ def test_hugging_face_keys_of_other_models() -> None:
     del raw["vocab_size"]
     with pytest.raises(ConfigError, match="vocab_size = None"):
         architectures.from_hugging_face(raw, "GLM-4.7")
+
+
+def test_ablation_of_the_report_needs_no_sizes() -> None:
+    """Against layers with made-up costs, counted one by one; 48 layers are 1 % off the report, 47 are on it."""
+    for full in (3.0, 6.1, 8.3):  # of a sliding one
+
+        def total(period: int, num_layers: int, full: float = full) -> float:
+            return sum(full if layer % period == 0 else 1.0 for layer in range(num_layers))
+
+        for num_layers in (45, 47, 48):
+            share = (total(2, num_layers) - total(4, num_layers)) / (
+                total(1, num_layers) - total(4, num_layers)
+            )
+            for row in ablation_table(num_layers):
+                assert row["computed"] == pytest.approx(1 + (row["all_full"] - 1) * share)
+    assert [row["computed"] for row in ablation_table()] == pytest.approx([1.56, 1.6333], abs=1e-4)
+    assert all(abs(row["computed"] / row["report"] - 1) < 0.013 for row in ablation_table())
+    # No rounding of the published digits gives them for 48 layers.
+    assert 1 + (2.685 - 1) / 3 < 1.575
+    assert 1 + (2.905 - 1) / 3 < 1.645
+    assert [round(row["computed"], 2) for row in ablation_table(47)] == [1.58, 1.65]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,26 @@ def test_doctor_text_says_why_the_full_model_does_not_fit(
     assert "not supported here" in out
 
 
+def test_small_models_may_beat_the_bounds_of_the_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = Measured(
+        device="cpu",
+        num_threads=2,
+        memory_bytes=512 * 10**9,
+        available_bytes=500 * 10**9,
+        bandwidth=20e9,
+        gemm_rates={"float32": 1e11, "bfloat16": None, "int8": None},
+    )
+    monkeypatch.setattr(measure, "measure_cpu", lambda: large)
+    assert main(["doctor", "nano"]) == 0
+    out = capsys.readouterr().out
+    assert "with 1 draft at" in out
+    assert "stays in the processor's cache is faster than these bounds" in out
+    assert main(["doctor"]) == 0
+    assert "processor's cache" not in capsys.readouterr().out
+
+
 def test_every_dependency_is_checked() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert [re.split("[<>=]", entry)[0] for entry in project["dependencies"]] == list(doctor.PACKAGES)

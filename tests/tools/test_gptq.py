@@ -13,7 +13,7 @@ import torch
 from stepflash.errors import WeightsError
 from stepflash.kernels.formats import quantize_groups
 from stepflash.tools import quantize
-from stepflash.tools.calibrate import Calibration, _LayerRounder
+from stepflash.tools.calibrate import Calibration, LayerRounder
 from stepflash.tools.gptq import gptq, inverse_factor
 from stepflash.tools.quantize import make_recipe, plan_tensors, quantize_checkpoint
 from stepflash.tools.receipt import CALIBRATION_TEXTS, documents, measure
@@ -103,7 +103,7 @@ def test_an_expert_that_nobody_chose_is_calibrated_on_those_that_come_nearest() 
     topk_ids = torch.zeros(300, 2, dtype=torch.long)
     topk_ids[:, 1] = 1
     topk_ids[:5, 1] = 2
-    layer = _LayerRounder(run)
+    layer = LayerRounder(run)
     assert len(layer._tokens_of(0, scores, topk_ids)) == 300
     few = layer._tokens_of(2, scores, topk_ids)
     assert len(few) == 128

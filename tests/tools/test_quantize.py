@@ -311,6 +311,18 @@ def test_tasks_of_nano_before_and_after(
     assert main(["quantize", str(MICRO), str(tmp_path / "micro"), "--tasks", "1"]) == 2
     assert "nano's tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "micro").exists()
+    assert main(["quantize", "nano", str(tmp_path / "few"), "--tasks", "-1"]) == 2
+    assert capsys.readouterr().err == "stepflash: error: --tasks must be 0 or more, got -1\n"
+
+
+def test_texts_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    for name, message in (("no.txt", "cannot read: No such file"), ("latin.txt", "is not text in UTF-8")):
+        for option in ("--text", "--calibration"):
+            command = ["quantize", str(MICRO), str(tmp_path / "out"), option, str(tmp_path / name)]
+            assert main(command) == 2
+            assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantization_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
 """Run by test_fuzz.py in a process of little memory: damaged checkpoints through everything that loading does.
 
-    python -m tests.weights.fuzz gguf|safetensors|config SOURCE COUNT SEED
+    python -m tests.weights.fuzz gguf|safetensors|config|index|receipt SOURCE COUNT SEED
 
-A GGUF's header, a shard's header or config.json is damaged COUNT times; each must end in a model or a
+A GGUF's header, a shard's header, config.json, the index of the shards or the receipt of a quantised checkpoint (with
+its digest made good again) is damaged COUNT times; each must end in a model or a
 StepflashError of one line. Prints one JSON object; whatever else happens ends the process.
 """
 
@@ -22,6 +23,9 @@ from stepflash.errors import StepflashError
 from stepflash.gguf_file import read_gguf
 from stepflash.weights.checkpoint import compare, open_checkpoint, select_mtp
 from stepflash.weights.load import load_model
+from stepflash.weights.receipt import RECEIPT_NAME, receipt_digest
+from stepflash.weights.safetensors import INDEX_NAME
+from stepflash.weights.signature import DIGEST
 
 EXTRA_BYTES = 384 << 20  # of address space, beyond what Python and torch have taken
 SIZES = (0, 1, 7, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
@@ -81,6 +85,20 @@ def damaged_json(good: bytes, rng: random.Random) -> bytes:
     return json.dumps(config).encode()
 
 
+def damaged_receipt(good: bytes, rng: random.Random) -> bytes:
+    """Damage that its digest does not show: whoever edits an unsigned receipt can put that right."""
+    changed = damaged_json(good, rng)
+    try:
+        values = json.loads(changed)
+        part = rng.choice(sorted(values))
+        if isinstance(values[part], dict) and rng.random() < 0.7:
+            values[part] = json.loads(damaged_json(json.dumps(values[part]).encode(), rng))
+        values[DIGEST] = receipt_digest(values)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return changed
+    return json.dumps(values).encode()
+
+
 def attempt(path: Path, whole: bool) -> None:
     """What `load_model` does before it reads weights, and then that, too."""
     checkpoint = open_checkpoint(path)
@@ -100,9 +118,15 @@ def target(
         shutil.copyfile(source, file)
         return file, file, min(t.offset for t in read_gguf(file).tensors.values()), damaged_bytes
     shutil.copytree(source, folder / "m")
-    if kind == "config":
-        file = folder / "m" / "config.json"
-        return folder / "m", file, file.stat().st_size, damaged_json
+    small = {
+        "config": ("config.json", damaged_json),
+        "index": (INDEX_NAME, damaged_bytes),
+        "receipt": (RECEIPT_NAME, damaged_receipt),
+    }
+    if kind in small:
+        name, damage = small[kind]
+        file = folder / "m" / name
+        return folder / "m", file, file.stat().st_size, damage
     file = next((folder / "m").glob("*.safetensors"))
     return folder / "m", file, 8 + struct.unpack("<Q", file.read_bytes()[:8])[0], damaged_bytes
 
@@ -126,7 +150,7 @@ def main() -> None:
                     output.truncate(len(changed) + len(good) - header_bytes)
             started = time.process_time()
             try:
-                attempt(opened, whole=index % 20 == 0)
+                attempt(opened, whole=index % 20 == 0 or kind == "receipt")
             except StepflashError as error:
                 refused.append(str(error))
             except BaseException:
