@@ -3,8 +3,10 @@
     python benchmarks/quantize_memory.py FOLDER [--layers 3] [--experts 288] [--tokens 4096] [--format int4-g128]
 
 Writes the model into FOLDER/model (bf16, shards of 1 GiB: about 9 GB a layer), quantises it with nearest and
-calibrated rounding and prints the peak resident memory (VmHWM of the process) at the end of every file. What is there
-already is kept: an interrupted run goes on. Only the first layer is dense: few layers show what sparse ones need.
+calibrated rounding, compares the two models on a short text as the receipt does, and prints the peak resident memory
+(VmHWM of the process) at the end of every file and of all. The status is 1 if random weights agree too little. What
+is there already is kept: an interrupted run goes on. Only the first layer is dense: few layers show what sparse ones
+need.
 """
 
 from __future__ import annotations
@@ -77,9 +79,11 @@ def main() -> None:
         count = write_random_checkpoint(model, released_size(options.layers, options.experts))
         print(f"{model}: {count / 1e9:.2f} billion parameters", flush=True)
     write_calibration(options.folder / "calibration.txt", options.tokens)
+    write_calibration(options.folder / "text.txt", DOCUMENT + 1)
     for rounding in options.rounding:
         extra = ["--calibration", str(options.folder / "calibration.txt")] if rounding == "gptq" else []
-        common = ["--format", options.format, "--edge", "none", "--rounding", rounding, "--no-measure"]
+        common = ["--format", options.format, "--edge", "none", "--rounding", rounding]
+        common += ["--text", str(options.folder / "text.txt")]
         run(model, options.folder / rounding, [*common, *extra])
 
 
