@@ -7,11 +7,13 @@ namespace SF_ISA {
 
 template <int M>
 static void bf16_run(const uint8_t* panel, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
+  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k; block += 16) {
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
+      prefetch(panel + pair * 128 + ahead), prefetch(panel + pair * 128 + 64 + ahead);
       const vi w0 = loadi(panel + pair * 128), w1 = loadi(panel + pair * 128 + 64);
       for (int m = 0; m < M; ++m) {
         const vi x = broadcast4(tokens[m] + block * 2 + pair * 4);
@@ -76,6 +78,7 @@ static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_
   const Fp8Decoder decode = decode_table;  // in registers
   const float* scales = (const float*)panel;
   panel += round_up(padded_k(FP8, k) / 128 * 4, 64);
+  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   // Even and odd pairs are summed apart, to hide the latency of the dot product: together while the sums of few
@@ -90,6 +93,7 @@ static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_
 #pragma GCC unroll 8
         for (int i = first; i < 8; i += step) {
           vi w0, w1;
+          prefetch(panel + (part + i) * 64 + ahead);
           decode(panel + (part + i) * 64, w0, w1);
           for (int m = 0; m < M; ++m) {
             const vi x = broadcast4(tokens[m] + block * 2 + (part + i) * 4);

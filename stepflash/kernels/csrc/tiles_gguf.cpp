@@ -20,45 +20,61 @@ struct SixBits {
   }
 };
 
-template <int M, int I>
-static inline void q4_k_group(const uint8_t* weights, const SixBits* bits, const vf* d, const vf* dmin, int64_t group,
-                              const Record& record, const uint8_t* const* tokens, vf (*total)[2]) {
-  const vi low = set1i(0x0f0f0f0f), high = set1i((int32_t)0xf0f0f0f0);
-  vi acc[M][2];
-  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = set1i(0);
-#pragma GCC unroll 8
-  for (int quad = 0; quad < 8; ++quad) {
-    const vi w = loadi(weights + quad * 64);
-    for (int m = 0; m < M; ++m) {
-      const vi x = broadcast4(tokens[m] + group * 32 + quad * 4);
-      acc[m][0] = dot4(acc[m][0], w & low, x);
-      acc[m][1] = dot4(acc[m][1], w & high, x);
+// Scales and minimums of a block's eight groups, for rows 0-15 and 16-31.
+struct GroupScales {
+  alignas(64) float scale[8][PANEL], minimum[8][PANEL];
+
+  template <int I> void unpack(const SixBits& bits, vf d, vf dmin, int half) {
+    store(scale[I] + half * LANES, to_float(bits.scale<I>()) * d);
+    store(minimum[I] + half * LANES, to_float(bits.minimum<I>()) * dmin);
+    if constexpr (I < 7) unpack<I + 1>(bits, d, dmin, half);
+  }
+
+  explicit GroupScales(const uint8_t* panel) {
+    const uint16_t* half = (const uint16_t*)panel;
+    const uint8_t* six = panel + 128;
+    for (int i = 0; i < 2; ++i) {
+      const SixBits bits = {loadi(six + i * 64), loadi(six + 128 + i * 64), loadi(six + 256 + i * 64)};
+      unpack<0>(bits, load_f16(half + i * LANES), load_f16(half + PANEL + i * LANES), i);
     }
   }
-  const vf scale0 = to_float(bits[0].scale<I>()) * d[0], scale1 = to_float(bits[1].scale<I>()) * d[1];
-  const vf min0 = to_float(bits[0].minimum<I>()) * dmin[0], min1 = to_float(bits[1].minimum<I>()) * dmin[1];
-  for (int m = 0; m < M; ++m) {
-    const vf sx = set1(((const float*)(tokens[m] + record.scales))[group]);
-    const vf sum = set1(-((const float*)(tokens[m] + record.sums))[group]);  // scale_x * sum of q
-    total[m][0] = fma(to_float(acc[m][0]), scale0 * sx, fma(min0, sum, total[m][0]));
-    total[m][1] = fma(to_float(sar<4>(acc[m][1])), scale1 * sx, fma(min1, sum, total[m][1]));
-  }
-}
+};
 
 template <int M>
 static void q4_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+  const vi low = set1i(0x0f0f0f0f), high = set1i((int32_t)0xf0f0f0f0);
+  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k / 256; ++block, panel += 4608) {
-    const uint16_t* half = (const uint16_t*)panel;
-    const vf d[2] = {load_f16(half), load_f16(half + 16)}, dmin[2] = {load_f16(half + 32), load_f16(half + 48)};
-    const uint8_t* six = panel + 128;
-    const SixBits bits[2] = {{loadi(six), loadi(six + 128), loadi(six + 256)},
-                             {loadi(six + 64), loadi(six + 192), loadi(six + 320)}};
-    const uint8_t* weights = panel + 512;
-#define SF_GROUP(I) q4_k_group<M, I>(weights + I * 512, bits, d, dmin, block * 8 + I, record, tokens, total);
-    SF_GROUP(0) SF_GROUP(1) SF_GROUP(2) SF_GROUP(3) SF_GROUP(4) SF_GROUP(5) SF_GROUP(6) SF_GROUP(7)
-#undef SF_GROUP
+    for (int line = 0; line < 8; ++line) prefetch(panel + line * 64 + ahead);
+    const GroupScales scales(panel);
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < 8; ++i) {
+      const uint8_t* weights = panel + 512 + i * 512;
+      const int64_t group = block * 8 + i;
+      vi acc[M][2];
+      for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = set1i(0);
+#pragma GCC unroll 8
+      for (int quad = 0; quad < 8; ++quad) {
+        prefetch(weights + quad * 64 + ahead);
+        const vi w = loadi(weights + quad * 64);
+        for (int m = 0; m < M; ++m) {
+          const vi x = broadcast4(tokens[m] + group * 32 + quad * 4);
+          acc[m][0] = dot4(acc[m][0], w & low, x);
+          acc[m][1] = dot4(acc[m][1], w & high, x);
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        const vf sx = set1(((const float*)(tokens[m] + record.scales))[group]);
+        const vf sum = set1(-((const float*)(tokens[m] + record.sums))[group]);  // scale_x * sum of q
+        for (int half = 0; half < 2; ++half) {
+          const vf scale = load(scales.scale[i] + half * LANES), minimum = load(scales.minimum[i] + half * LANES);
+          const vi dot = half ? sar<4>(acc[m][1]) : acc[m][0];
+          total[m][half] = fma(to_float(dot), scale * sx, fma(minimum, sum, total[m][half]));
+        }
+      }
+    }
   }
   for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
 }
@@ -67,10 +83,12 @@ static void q4_k_run(const uint8_t* panel, int64_t k, const Record& record, cons
 template <int M>
 static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
   const vi low = set1i(0x0f0f0f0f), two = set1i(0x30303030);
+  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k / 256; ++block, panel += 6720) {
     const vf d[2] = {load_f16((const uint16_t*)panel), load_f16((const uint16_t*)panel + 16)};
+    for (int line = 0; line < 9; ++line) prefetch(panel + line * 64 + ahead);
     const int8_t* scales = (const int8_t*)panel + 64;
     const uint8_t* bits = panel + 576;  // per eight k: low nibbles of each quad, then the high bits of both
     for (int group = 0; group < 8; ++group) {  // 32 k: one activation scale, two weight scales
@@ -81,6 +99,7 @@ static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, cons
           acc[m][0] = acc[m][1] = set1i(((const int32_t*)(tokens[m] + record.sums))[block * 16 + group * 2 + half]);
 #pragma GCC unroll 2
         for (int eight = 0; eight < 2; ++eight, bits += 192) {
+          for (int line = 0; line < 3; ++line) prefetch(bits + line * 64 + ahead);
           const vi l0 = loadi(bits), l1 = loadi(bits + 64), h = loadi(bits + 128);
           const vi w00 = (l0 & low) | (shl<4>(h) & two), w01 = (shr<4>(l0) & low) | (shl<2>(h) & two);
           const vi w10 = (l1 & low) | (h & two), w11 = (shr<4>(l1) & low) | (shr<2>(h) & two);
