@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from stepflash.engine.config import EngineConfig, EngineStats
 from stepflash.engine.depth_controller import DepthController
 from stepflash.engine.disk import origin
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
@@ -45,79 +46,7 @@ R = TypeVar("R")
 # Most tokens that a constraint may dictate in one step.
 MAX_FORCED_TOKENS = 32
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How much the engine may do at once. Sizes in tokens unless named otherwise.
-
-    `kv_cache_bytes` None sizes the cache for `max_num_seqs` full contexts, 4 GiB at most. `vocab_limit`: ids
-    from there on have no token. `snapshot_interval`: a window snapshot is kept every so many tokens.
-    `prefix_cache_path`: file from which the prefix cache is loaded, to which it is saved while the engine works,
-    and by `close` whatever is left; it takes `prefix_cache_disk_bytes` at most, and while it is written anew twice
-    that.
-    """
-
-    max_num_seqs: int = 16
-    max_model_len: int | None = None
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 1024
-    kv_cache_bytes: int | None = None
-    kv_dtype: torch.dtype | None = None
-    block_size: int = 16
-    max_draft_depth: int = MAX_MODULES
-    max_deferred_tokens: int = 64
-    prefix_caching: bool = True
-    prefix_cache_path: str | Path | None = None
-    prefix_cache_disk_bytes: int = 8 << 30
-    snapshot_interval: int = 2048
-    vocab_limit: int | None = None
-    eos_token_ids: tuple[int, ...] | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_deferred_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.max_draft_depth <= MAX_MODULES:
-            raise ConfigError(
-                f"max_draft_depth must be between 0 and {MAX_MODULES}, got {self.max_draft_depth}"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Gauges now and counters since the start.
-
-    Bytes are those of the cache's tensors, to the byte. `kv_used_bytes` of `kv_total_bytes` are in blocks that
-    somebody has; `kv_cached_bytes` of them only the prefix cache, which gives them back when they are needed. The
-    same for full-attention and sliding layers apart. A context takes `kv_bytes_per_token` for each token, in
-    whole blocks, and `kv_window_bytes` once; a running sequence holds up to three sliding blocks and
-    `max_deferred_tokens` more than its window, and a step its own tokens.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_finished: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_computed_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
-    num_drafted_tokens: tuple[int, ...]
-    num_accepted_tokens: tuple[int, ...]
-    draft_depth: int
-    kv_total_bytes: int
-    kv_used_bytes: int
-    kv_cached_bytes: int
-    kv_full_bytes: int
-    kv_full_total_bytes: int
-    kv_sliding_bytes: int
-    kv_sliding_total_bytes: int
-    kv_bytes_per_token: int
-    kv_window_bytes: int
-    num_cached_blocks: int
-    num_snapshots: int
+__all__ = ["EngineConfig", "EngineCore", "EngineStats"]
 
 
 class EngineCore:
@@ -367,6 +296,11 @@ class EngineCore:
         for group, pool in enumerate(self.cache.pools):
             held = [blocks.full if group == FULL else blocks.sliding for blocks in running]
             pool.check_integrity(held, self.prefix.keepers(group) if self.prefix else ())
+        assert self.cache.num_free_rows + len(running) == self.config.max_num_seqs, (
+            "rows of the tables leaked"
+        )
+        known = {id(seq) for seq in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert known == {id(seq) for seq in self._sequences.values()}, "requests were lost"
 
     def _bytes_short(self, num_tokens: int) -> int:
         blocks = -(-(num_tokens + LOOKAHEAD_SLOTS) // self.cache.block_size)

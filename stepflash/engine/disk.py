@@ -190,6 +190,8 @@ def check_writable(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if "\0" in str(path):
+            raise FileNotFoundError(f"{str(path)!r} is no name")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
         if not os.access(path.parent, os.W_OK):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -45,6 +46,7 @@ class Engine:
         self._outboxes: WeakValueDictionary[asyncio.AbstractEventLoop, Outbox] = WeakValueDictionary()
         self._stats = core.stats()
         self._is_closed = False
+        self._pid = os.getpid()
         self._num_threads = torch.get_num_threads()
         model = core.runner.model
         # Packed weights are buffers.
@@ -63,6 +65,8 @@ class Engine:
         """
         if self._is_closed:
             raise EngineError("the engine is closed")
+        if os.getpid() != self._pid:
+            raise EngineError("this engine runs in another process; make one in each process that needs one")
         self._core.check(request)
         return self._stream(request)
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import os
+import reprlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stepflash.engine.core import EngineConfig, EngineCore, EngineStats
 from stepflash.engine.request import FinishReason, Output, Request, RequestStats, SamplingParams, TokenLogprob
-from stepflash.errors import ConfigError
+from stepflash.errors import ConfigError, EngineError, RequestError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from stepflash.chat.template import ChatTemplate
     from stepflash.chat.tokenizer import Detokenizer, Tokenizer
 
+logger = logging.getLogger(__name__)
 # Prompts given to the core at once: enough to fill any batch, few enough to stay cheap to order.
 FEED_AHEAD = 256
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
@@ -112,6 +117,7 @@ class LLM:
         self.core = EngineCore(model, EngineConfig(kv_dtype=kv_dtype, seed=seed, **engine_options))
         self._ids = itertools.count()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def generate(
         self,
@@ -171,11 +177,15 @@ class LLM:
         return outputs
 
     def close(self) -> None:
-        """Save the prefix cache if `prefix_cache_path` was given; the LLM stays usable."""
-        self.core.close()
+        """Save the prefix cache if `prefix_cache_path` was given; the LLM stays usable. May be called twice."""
+        with self._lock:
+            self.core.close()
 
     def stats(self) -> EngineStats:
         return self.core.stats()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an LLM cannot be copied or sent to another process; make one there")
 
     def _run(
         self,
@@ -185,6 +195,8 @@ class LLM:
     ) -> list[RequestOutput]:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        elif not all(isinstance(one, SamplingParams) for one in sampling_params):
+            raise RequestError("sampling_params must be SamplingParams, one for all or one for each prompt")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(sampling_params)} sampling_params")
         requests = [
@@ -199,6 +211,8 @@ class LLM:
         for request in requests:
             self.core.check(request)
         answers = {request.request_id: _Answer(request, self.tokenizer) for request in requests}
+        if os.getpid() != self._pid:
+            raise EngineError("this LLM was made in another process; make one in each process that needs one")
         with self._lock, _interrupts_noted() as was_interrupted, _progress_bar(progress) as bar:
             task = bar.add_task("generating", total=len(requests), rate="")
 
@@ -216,13 +230,14 @@ class LLM:
         was_interrupted: Callable[[], bool],
     ) -> None:
         waiting = list(reversed(requests))
+        ahead = min(FEED_AHEAD, self.core.config.max_waiting)
         num_done = num_tokens = 0
         start = time.perf_counter()
         try:
             while num_done < len(requests):
                 if was_interrupted():
                     raise KeyboardInterrupt
-                while waiting and len(self.core.scheduler.waiting) < FEED_AHEAD:
+                while waiting and len(self.core.scheduler.waiting) < ahead:
                     self.core.add(waiting.pop())
                 for output in self.core.step():
                     answer = answers.get(output.request_id)
@@ -235,14 +250,30 @@ class LLM:
                         if output.finish_reason is None:
                             self.core.abort(output.request_id)
                 show(num_done, f"{num_tokens / (time.perf_counter() - start):.1f} tok/s")
-        finally:
-            # Nothing is left unless this was interrupted.
+        except BaseException:
+            self._recover(requests)
+            raise
+
+    def _recover(self, requests: Sequence[Request]) -> None:
+        """Leave nothing of these requests. An exception in the middle of a step, a second Ctrl-C for one, can leave a
+        core that is not sound; then another one takes over."""
+        try:
             for request in requests:
                 self.core.abort(request.request_id)
+            self.core.check_integrity()
+        except Exception:
+            logger.warning("the engine was interrupted in the middle of a step; its cache starts anew")
+            self.core = self.core.rebuilt()
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(i) for i in prompt]
+            token_ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            is_list = isinstance(token_ids, Sequence) and not isinstance(token_ids, bytes)
+            if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in token_ids):
+                raise RequestError(
+                    f"a prompt is a text or a list of token ids, got {reprlib.repr(prompt)}", param="prompt"
+                )
+            return [int(i) for i in token_ids]
         tokenizer = self._tokenizer()
         token_ids = tokenizer.encode(prompt)
         bos = tokenizer.bos_token_id
@@ -338,9 +369,11 @@ def _load_tokenizer(path: Path) -> Tokenizer | None:
 
 def _as_list(prompts: str | Sequence[Any]) -> list[Any]:
     """One prompt, as text or as token ids, is a list of one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         return [prompts]
-    return list(prompts)
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], (Real, type(None))) else prompts
 
 
 @contextlib.contextmanager

@@ -6,8 +6,11 @@ thread. `Output` is news about a request; `RequestStats` says what it cost.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepflash.errors import RequestError
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_DRAFT_DEPTH = 3
+MAX_BIAS = 1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +51,26 @@ class SamplingParams:
     draft_depth: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "draft_depth"):
+            self._convert(name, int, Integral, "a whole number")
+        for name in (
+            "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        ):  # fmt: skip
+            self._convert(name, float, Real, "a number")
         stop: object = self.stop  # callers also pass one string or a list
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._set("stop", _tuple((stop,) if isinstance(stop, str) else stop, str, "stop", "strings"))
+        self._set("stop_token_ids", _tuple(self.stop_token_ids, Integral, "stop_token_ids", "token ids"), int)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
+        for token_id, value in self.logit_bias.items():
+            is_pair = _is_a(token_id, Integral) and _is_a(value, Real)
+            # As float32; minus infinity forbids a token.
+            if not is_pair or token_id < 0 or not -math.inf <= value <= MAX_BIAS:
+                raise RequestError(
+                    f"logit_bias must map token ids to numbers of at most {MAX_BIAS:g}, "
+                    f"got {token_id!r}: {value!r}",
+                    param="logit_bias",
+                )
         checks: tuple[tuple[str, bool, str], ...] = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
@@ -58,7 +79,7 @@ class SamplingParams:
             ("min_p", 0.0 <= self.min_p < 1.0, "at least 0 and below 1"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            ("repetition_penalty", self.repetition_penalty > 0.0, "above 0"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("stop", all(self.stop), "non-empty strings"),
             (
@@ -70,6 +91,30 @@ class SamplingParams:
         for name, holds, allowed in checks:
             if not holds:
                 raise RequestError(f"{name} must be {allowed}, got {getattr(self, name)!r}", param=name)
+
+    def _convert(self, name: str, to: Callable[[Any], Any], kind: type, what: str) -> None:
+        """Take other libraries' numbers as Python's, and nothing that is none."""
+        value = getattr(self, name)
+        if value is None and name in ("max_tokens", "seed", "logprobs", "draft_depth"):
+            return
+        if not _is_a(value, kind):
+            raise RequestError(f"{name} must be {what}, got {value!r}", param=name)
+        object.__setattr__(self, name, to(value))
+
+    def _set(self, name: str, values: tuple[Any, ...], to: Callable[[Any], Any] = str) -> None:
+        object.__setattr__(self, name, tuple(to(value) for value in values))
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Booleans are numbers in Python, and not here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _tuple(values: object, kind: type, name: str, what: str) -> tuple[Any, ...]:
+    found = tuple(values) if isinstance(values, Iterable) else (None,)
+    if not all(_is_a(value, kind) for value in found):
+        raise RequestError(f"{name} must be {what}, got {values!r}", param=name)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +133,17 @@ class Request:
     priority: int = 0
     deadline_seconds: float | None = None
     constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind, what in (
+            ("priority", Integral, "a whole number"),
+            ("deadline_seconds", Real, "a number"),
+        ):
+            value = getattr(self, name)
+            if not (_is_a(value, kind) and value == value) and not (
+                value is None and name == "deadline_seconds"
+            ):
+                raise RequestError(f"{name} must be {what}, got {value!r}", param=name)
 
 
 @dataclass(slots=True, kw_only=True)

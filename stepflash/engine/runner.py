@@ -101,8 +101,6 @@ class Runner:
             done = self.network.trunk(spans, row_indices)
             choice = self.sampler.choose(done.logits, rows, done.greedy) if rows else Choice([], [])
             chosen, logprobs, is_finite = choice.token_ids, choice.logprobs, choice.is_finite
-        if not all(is_finite):
-            raise EngineError("the model produced logits that are not finite numbers")
         hidden_states = done.hidden_states
         results, row = [], 0
         for i, item in enumerate(plan):
@@ -113,6 +111,9 @@ class Runner:
             count = len(item.drafts)
             accepted = num_accepted(item.drafts, chosen[row : row + count])
             kept = slice(row, row + accepted + 1)
+            # What stands behind a wrong draft is nobody's logits.
+            if not all(is_finite[kept]):
+                raise EngineError("the model produced logits that are not finite numbers")
             results.append(
                 TrunkResult(
                     item.seq,

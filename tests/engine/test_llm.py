@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import math
 import os
+import pickle
+import random
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +23,7 @@ from hypothesis import strategies as st
 
 from stepflash.engine.llm import LLM, _Answer
 from stepflash.engine.request import Output, SamplingParams
-from stepflash.errors import ConfigError, PromptTooLong, RequestError
+from stepflash.errors import ConfigError, EngineError, PromptTooLong, RequestError
 from tests.engine.conftest import MICRO, request
 
 SHORT = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512, "kv_cache_bytes": 32 << 20}
@@ -185,3 +193,147 @@ def test_wrong_input_is_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="no tokenizer"):
         LLM(llm.model, **SHORT).generate("text")
     assert not llm.core.has_work
+
+
+WRONG: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"max_tokens": 2.5}, {"max_tokens": "3"}, {"max_tokens": True}, {"temperature": math.nan},
+    {"temperature": math.inf}, {"temperature": "1"}, {"temperature": None}, {"top_k": -1}, {"top_k": 2.5},
+    {"top_p": 0.0}, {"top_p": math.nan}, {"min_p": 1.0}, {"min_p": None}, {"seed": 1.5}, {"seed": "x"},
+    {"stop": 5}, {"stop": [5]}, {"stop": ["a", ""]}, {"stop_token_ids": 5}, {"stop_token_ids": ["a"]},
+    {"stop_token_ids": [1.5]}, {"presence_penalty": math.nan}, {"repetition_penalty": math.inf},
+    {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}, {"logit_bias": None},
+    {"logit_bias": {5: math.nan}},
+    {"logit_bias": {5: math.inf}}, {"logit_bias": {5: 1e300}}, {"logit_bias": {"5": 1.0}}, {"logit_bias": {-1: 1.0}},
+    {"logit_bias": {5: "x"}}, {"logprobs": 21}, {"logprobs": 1.5}, {"logprobs": True}, {"draft_depth": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_parameter_that_is_none_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(RequestError, match=f"^{name}") as refusal:
+        SamplingParams(**wrong)
+    assert refusal.value.param == name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_num_seqs": 1.5}, {"max_model_len": 1}, {"kv_cache_bytes": 1e9}, {"snapshot_interval": 0},
+        {"max_waiting": 0}, {"vocab_limit": 0}, {"prefix_cache_disk_bytes": 0}, {"max_draft_depth": True},
+        {"seed": 1.5}, {"prefix_cache_path": ""}, {"kv_dtype": torch.int32}, {"kv_cache_bytes": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_that_is_none_is_refused_by_name(llm: LLM, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"^{name}"):
+        LLM(llm.model, **({"max_model_len": 64} | wrong))
+
+
+def test_prompts_of_other_libraries_are_token_ids_too(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=np.float32(0), ignore_eos=True, top_k=np.int64(3))  # type: ignore[arg-type]
+    (expected,) = llm.generate([5, 6, 7], sampling)
+    ids: list[Any] = [
+        np.array([5, 6, 7]),
+        torch.tensor([5, 6, 7]),
+        [np.int64(5), 6, 7],
+        (5, 6, 7),
+        range(5, 8),
+    ]
+    for prompt in ids:
+        (found,) = llm.generate(prompt, sampling)
+        assert found.token_ids == expected.token_ids
+        assert len(llm.generate([prompt, prompt], sampling)) == 2
+    assert llm.generate([], sampling) == []
+    wrong: list[Any] = [
+        None,
+        5,
+        1.5,
+        [None],
+        [1.5, 2],
+        [[1.5, 2.0]],
+        [[True]],
+        [["5"]],
+        b"abc",
+        [b"abc"],
+        [[]],
+        [[-1]],
+    ]
+    for prompt in wrong:
+        with pytest.raises(RequestError):
+            llm.generate(prompt, sampling)
+    parameters: list[Any] = [[None], {"max_tokens": 3}, ["x"]]
+    for one in parameters:
+        with pytest.raises(RequestError, match="must be SamplingParams"):
+            llm.generate([[5]], one)
+
+
+def test_prompts_and_answers_at_the_very_end_of_the_context(llm: LLM) -> None:
+    for length, room in ((511, 1), (510, 2), (505, 7)):
+        for max_tokens in (None, room, room + 1, 2**70):
+            sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+            (found,) = llm.generate([[9] * length], sampling)
+            assert len(found.token_ids) == room
+            assert found.finish_reason == "length"
+    with pytest.raises(PromptTooLong, match="512 tokens > 511 maximum"):
+        llm.generate([[9] * 512], SamplingParams(max_tokens=1))
+
+
+def test_more_prompts_than_may_wait(llm: LLM) -> None:
+    small = LLM(llm.model, max_num_seqs=2, max_waiting=3, max_model_len=64)
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+    assert len(small.generate([[5 + i] for i in range(20)], sampling)) == 20
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    prompts = [[5 + i] * 20 for i in range(6)]
+    sampling = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True)
+    alone = [llm.generate([prompt], sampling)[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        done = list(pool.map(lambda prompt: llm.generate([prompt, prompt], sampling), prompts))
+    assert [[one.token_ids for one in pair] for pair in done] == [[ids, ids] for ids in alone]
+
+
+def test_another_process_needs_an_llm_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    for send in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied or sent to another process"):
+            send(llm)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(EngineError, match="made in another process"):
+        llm.generate([[5]])
+
+
+@pytest.mark.usefixtures("obeys_ctrl_c")
+def test_a_second_ctrl_c_anywhere_leaves_an_llm_that_works(llm: LLM) -> None:
+    """It is raised at lines of the engine that chance chooses; what was held then is not held for ever."""
+    own = LLM(llm.model, **(SHORT | {"max_num_seqs": 3}))  # type: ignore[arg-type]
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    prompts = [[7 + i] * (20 + i) for i in range(5)]
+    expected = [one.token_ids for one in own.generate(prompts, sampling)]
+    chance = random.Random(5)
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(
+            ("core.py", "scheduler.py", "kv_cache.py", "blocks.py", "prefix.py")
+        ):
+            return None
+        left[0] -= event == "line"
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    for _ in range(40):
+        left = [chance.randrange(1, 6000)]
+        sys.settrace(trace)
+        try:
+            own.generate(prompts, sampling)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        own.core.check_integrity()
+        assert not own.core.has_work
+        assert own.stats().kv_used_bytes == own.stats().kv_cached_bytes
+        assert own.core.cache.num_free_rows == 3
+        assert [one.token_ids for one in own.generate(prompts, sampling)] == expected
