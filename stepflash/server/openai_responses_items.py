@@ -51,6 +51,20 @@ def messages_from_items(
     return tuple(reader.messages)
 
 
+def listed_item(item: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A stored item as lists of items show it: with an id and a status, and text in parts."""
+    listed = {"type": "message", "status": "completed", **item, "id": item.get("id") or f"item_{index}"}
+    if listed["type"] == "message":
+        is_answer = listed["role"] == "assistant"
+        parts = listed["content"]
+        if isinstance(parts, str):
+            parts = [{"type": "output_text" if is_answer else "input_text", "text": parts}]
+        if is_answer:
+            parts = [{"annotations": [], "logprobs": [], **part} for part in parts]
+        listed["content"] = parts
+    return listed
+
+
 class _Reader:
     """Collects messages; the last one grows while items of the assistant follow each other."""
 

@@ -18,6 +18,7 @@ from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError, StepflashError
 from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
 from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
+from stepflash.server.openai_responses_items import listed_item
 from stepflash.server.openai_responses_store import ResponseStore, StoredResponse, not_found
 from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
@@ -111,10 +112,7 @@ class ResponsesRoutes:
 
     async def input_items(self, response_id: str) -> Response:
         items = self._stored(response_id).items
-        data = [
-            {"type": "message", **item, "id": item.get("id") or f"item_{index}"}
-            for index, item in enumerate(items)
-        ]
+        data = [listed_item(item, index) for index, item in enumerate(items)]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": False})
 

@@ -125,6 +125,7 @@ class OpenAIRoutes:
             "max_model_len": self.session.max_context_tokens,
             "type": "model",
             "display_name": self.service.model_name,
+            "lifecycle": "active",
             "created_at": created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "max_input_tokens": self.session.max_context_tokens,
         }
