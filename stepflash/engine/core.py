@@ -21,7 +21,7 @@ import torch
 from stepflash.engine.config import EngineConfig, EngineStats
 from stepflash.engine.depth_controller import DepthController
 from stepflash.engine.disk import origin
-from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, CacheLimits, KVCache
+from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, SNAPSHOT_SHARE, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import (
     CacheLookup,
@@ -137,7 +137,7 @@ class EngineCore:
             raise RequestError(
                 f"the prompt of {len(prompt)} tokens can never fit: the KV cache of {self.cache.total_bytes} "
                 f"bytes holds {self.cache.capacity_tokens} tokens of one sequence; "
-                f"raise kv_cache_bytes by at least {self._bytes_short(len(prompt) + 1)}",
+                f"raise kv_cache_bytes by {self._bytes_short(len(prompt) + 1)}",
                 code="context_length_exceeded",
             )
         if len(self.scheduler.waiting) >= self.config.max_waiting:
@@ -304,7 +304,10 @@ class EngineCore:
 
     def _bytes_short(self, num_tokens: int) -> int:
         blocks = -(-(num_tokens + LOOKAHEAD_SLOTS) // self.cache.block_size)
-        return (blocks - self.cache.pools[FULL].num_blocks) * self.cache.block_bytes[FULL]
+        per_full, per_sliding = self.cache.block_bytes
+        short = (blocks - self.cache.pools[FULL].num_blocks) * per_full
+        # A share of what is added goes to windows, in whole blocks.
+        return int((short + per_sliding) / (1 - SNAPSHOT_SHARE)) + 1
 
     def _seed(self, seed: int | None) -> int:
         """The noise seed of a request: its own, the next of the engine's, or a random one."""

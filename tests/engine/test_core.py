@@ -153,6 +153,12 @@ def test_what_can_never_run_is_refused_with_numbers(new_core: NewCore) -> None:
         RequestError, match=rf"prompt of {room} tokens can never fit.*bytes holds {room} tokens"
     ):
         small.add(request("big", [5] * room))
+    for length in (room, room + 40, 290):
+        with pytest.raises(RequestError, match="raise kv_cache_bytes by") as told:
+            small.check(request("big", [5] * length))
+        more = int(str(told.value).rsplit(" ", 1)[1])
+        enough = new_core(max_num_seqs=1, kv_cache_bytes=1_200_000 + more)
+        enough.check(request("big", [5] * length))
     done = drive(small, request("fits", [5] * (room - 1), max_tokens=50))["fits"]
     assert len(done.token_ids) == 1  # capped by what the cache holds
     assert done.last.finish_reason == "length"
