@@ -266,7 +266,8 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
         for k in modules:
             start = seq.mtp.num_computed[k]
             begin, end = begins[k], begins[k] + known[j] + k - start
-            work.rows, work.available, begins[k] = done.rows[k][begin:end], known[j] - (k == 0), end
+            work.rows = done.rows[k] if len(jobs) == 1 else done.rows[k][begin:end]
+            work.available, begins[k] = known[j] - (k == 0), end
             work.feeds.append((start, work.rows))
             job.mtp.num_computed[k] = max(start, known[j])  # the first slots of a module hold nothing
             job.mtp.pending[k] = _exact_rows(work, start, job.mtp.num_computed[k])
