@@ -181,7 +181,11 @@ def advance(
 
     A module that no draft needs is left behind until `max_deferred` slots are waiting.
     """
-    jobs = [job for job in jobs if not _waits(job, max_deferred)]
+    waiting = [job for job in jobs if _waits(job, max_deferred)]
+    for job in waiting:
+        _leave_behind(job)
+    if waiting:
+        jobs = [job for job in jobs if job not in waiting]
     is_plain = bool(jobs) and all(_is_plain(job, jobs[0].depth, max_deferred) for job in jobs)
     if is_plain and isinstance(network, NativeNetwork):
         works = _draft_in_a_row(network, sampler, jobs)
@@ -204,19 +208,20 @@ def advance(
 
 
 def _waits(job: DraftJob, max_deferred: int) -> bool:
-    """Whether this job leaves all modules behind; then its rows are kept for later, and nothing else is to do."""
+    """Whether nobody asks for drafts and so little waits that all modules may be left behind."""
     seq = job.seq
     if job.depth or job.must_advance or not seq.num_modules:
         return False
     end = min(seq.num_computed + 1, len(seq.token_ids))
-    if end - seq.mtp.num_computed[0] >= max_deferred:
-        return False
-    job.mtp, job.drafts, job.carries = seq.mtp.copy(), [], {}
-    before, rows = seq.mtp.pending[0], job.hidden_states
-    if before is None and rows.shape[0] > MAX_VIEWED_ROWS:
-        rows = rows.clone()
-    job.mtp.pending[0] = _join(before, rows) if rows.shape[0] else before
-    return True
+    return end - seq.mtp.num_computed[0] < max_deferred
+
+
+def _leave_behind(job: DraftJob) -> None:
+    """Keep what the first module will have to read; nothing else changes."""
+    job.mtp, job.drafts, job.carries = job.seq.mtp.copy(), [], {}
+    before, rows = job.mtp.pending[0], job.hidden_states
+    if rows.shape[0]:
+        job.mtp.pending[0] = _kept(rows, rows) if before is None else torch.cat((before, rows))
 
 
 def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
@@ -378,10 +383,12 @@ def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:
     if work.rows is None:
         return None
     rows = work.rows[end - start : work.available - (start - 1)]
-    if not rows.shape[0]:
-        return None
-    # A view would keep the states of a whole prompt chunk alive.
-    return rows.clone() if work.rows.shape[0] > MAX_VIEWED_ROWS else rows
+    return _kept(rows, work.rows) if rows.shape[0] else None
+
+
+def _kept(rows: Tensor, whole: Tensor) -> Tensor:
+    """Rows of `whole` to be kept for later: a view of many would keep the states of a whole prompt chunk alive."""
+    return rows.clone() if whole.shape[0] > MAX_VIEWED_ROWS else rows
 
 
 def _keep_carries(work: _Work, block_size: int) -> None:
