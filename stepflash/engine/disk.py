@@ -339,7 +339,9 @@ def _restore(links: Sequence[_StoredLink], cache: KVCache, prefix: PrefixCache, 
         for group, s in enumerate(starts)
     ]
     for name, tensor, group in stores(cache):
-        for link, begin, part in zip(links, starts[group], parts[group], strict=False):
+        for link, begin, count, part in zip(links, starts[group], counts[group], parts[group], strict=False):
+            if link.header[name]["shape"][0] != count:
+                raise ValueError(f"{name} has not the rows of its blocks")
             if part:
                 target = torch.tensor([taken[group][row] for row in part], device=tensor.device)
                 found = link.read(name)[torch.tensor(part) - begin]

@@ -81,10 +81,13 @@ class Saver:
             return
         try:
             self._turn(start)
-        except Exception as error:  # an answer must not fail because it cannot be remembered
-            logger.exception("the prefix cache could not be saved")
+        except BaseException as error:
+            # Rows may be entered and not copied: nothing of this file is continued.
             self._start_anew(isinstance(error, _OtherWriterError))
             self._not_before = time.perf_counter() + RETRY_SECONDS
+            if not isinstance(error, Exception):  # Ctrl-C is nothing to be silent about
+                raise
+            logger.exception("the prefix cache could not be saved")
             return
         end = time.perf_counter()
         self._not_before = end + (end - start) / COPY_SHARE
@@ -111,7 +114,7 @@ class Saver:
                 if not self._waiting or self._is_full():
                     self._write()
                     self._settle()
-        except Exception:
+        except BaseException:
             self._start_anew()
             raise
 

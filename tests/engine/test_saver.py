@@ -319,6 +319,40 @@ def test_a_slow_disk_stalls_nothing(
     assert 10 < len(kept) < 40
 
 
+def test_ctrl_c_in_the_middle_of_a_copy_leaves_a_file_that_is_right(
+    tmp_path: Path, without_pauses: None
+) -> None:
+    memory = Memory(tmp_path / "cache", 4 << 20)
+    for number, group in enumerate((FULL, SLIDING)):
+        memory.remember([number] * 40, 40)
+        stores = memory.saver._stores[group]
+        kept, stores[1] = stores[1], (stores[1][0], Interrupting(stores[1][1]))  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            turn_often(memory)
+        stores[1] = kept
+        memory.saver._not_before = 0.0  # it would wait for a minute
+    memory.remember([2] * 40, 40)
+    memory.saver.flush()
+    assert newest(tmp_path / "cache", tmp_path) == memory.known() == {(i,) * 40 for i in range(3)}
+
+
+def turn_often(memory: Memory) -> None:
+    for _ in range(20):
+        memory.saver.turn()
+
+
+class Interrupting:
+    """A tensor in whose copying Ctrl-C is pressed."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        if isinstance(index, slice):
+            return self.tensor[index]
+        raise KeyboardInterrupt
+
+
 # With a network
 
 
