@@ -97,6 +97,7 @@ class DepthController:
     def observe(self, num_seqs: int, depth: int, seconds: float) -> None:
         """A step in which each of `num_seqs` sequences verified `depth` drafts and proposed as many."""
         costs = self._bucket(num_seqs)
+        seconds = max(seconds, 1e-9)  # of a clock that stands still
         if len(costs.warm_up[depth]) < self.WARM_UP_SAMPLES:
             costs.warm_up[depth].append(seconds)
             # The first run pays for allocations, and any may be disturbed.

@@ -93,6 +93,10 @@ def test_a_change_of_cost_is_noticed() -> None:
     assert controller.choose([[0.8, 0.8, 0.8]]) == 0
 
 
+def test_a_clock_that_stands_still_is_no_error() -> None:
+    assert set(simulate([0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], 300)) <= {0, 1, 2, 3}
+
+
 def test_acceptance_counts_only_drafts_whose_predecessors_were_right() -> None:
     controller = DepthController(3)
     chances = [0.5, 0.5, 0.5]

@@ -223,6 +223,26 @@ def test_blocks_below_the_window_are_not_read() -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("window", [0, 20])
+@torch.inference_mode()
+def test_what_is_not_a_number_reaches_those_who_see_it(window: int, int8: bool, native: bool) -> None:
+    if not native:
+        pytest.skip("the reference multiplies hidden values by zero, and that is no number either")
+    p = paged([90], 2, 64, 16, int8)
+    k, v = torch.randn(2, 1, 2, 64)
+    k[0, 0, 3] = v[0, 0, 5] = float("nan")  # of the first KV head only
+    slot = torch.tensor([int(p.block_table[0, 50 // 16]) * 16 + 50 % 16])
+    ops.cache_write(k, v, p.k_cache, p.v_cache, slot, p.k_scale, p.v_scale)
+    actual = run(p, torch.randn(60, 4, 64), [90], [60], window)  # positions 30 to 89
+    is_broken = actual.isnan().any(-1)  # [num_tokens, num_heads]
+    assert is_broken[20 : 40 if window else 60, :2].all()  # from position 50 on, as far as the window goes
+    assert not is_broken[:, 2:].any()
+    # Rows computed together may share the fate; the engine ends the whole request.
+    assert not is_broken[50 if window else 60 :].any()
+    assert not (int8 and is_broken[:20].any())
+
+
+@pytest.mark.parametrize("int8", [False, True])
 @torch.inference_mode()
 def test_cached_attention_writes_and_attends(int8: bool) -> None:
     p = paged([40], 2, 32, 16, int8)

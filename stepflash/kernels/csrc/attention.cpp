@@ -190,7 +190,7 @@ class Rows {
 
   void write(int64_t row, float sum, float* out) const {
     const int64_t token = item->first + row / group, head = item->kv_head * group + row % group;
-    float factor = sum > 0 ? 1.0f / sum : 0.0f;
+    float factor = sum == 0 ? 0.0f : 1.0f / sum;
     if (a.gate.data) {
       const int64_t at = token * a.gate.stride + head;
       const float gate = a.gate.is_float ? ((const float*)a.gate.data)[at] : bf16_to_float(((const uint16_t*)a.gate.data)[at]);
@@ -363,6 +363,7 @@ class Rows {
         store_weights(weights + g * GROUP, p, Cell());
       } else {
         p = select_gt(p, zero(), p * load(value_scales[g]), zero());
+        sum = fma(p, zero(), sum);  // a value that is not a number is lost in integers, but not in the sum
         largest = max(largest, p);
         store(scores + g * GROUP, p);
       }

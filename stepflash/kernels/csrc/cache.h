@@ -38,9 +38,12 @@ SF_INLINE void write_head(const Cache& cache, bool is_value, int64_t slot, int64
     return scatter_head(cache, is_value, (uint16_t*)data + at * cache.block_size * n, offset, rounded);
   }
   const vi sign = set1i(0x7fffffff);
-  vf top = zero();
-  for (int64_t i = 0; i < n; i += LANES) top = max(top, as_float(as_int(load(x + i)) & sign));
-  const float peak = hmax(top);
+  vf top = zero(), strange = zero();
+  for (int64_t i = 0; i < n; i += LANES) {
+    top = max(top, as_float(as_int(load(x + i)) & sign));
+    strange = fma(load(x + i), zero(), strange);
+  }
+  const float peak = hmax(top) + hsum(strange);  // not a number if any is: the scale tells those who read it
   const vf inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
   int8_t rounded[512];
   for (int64_t i = 0; i < n; i += LANES) store_s8(rounded + i, to_int(load(x + i) * inverse));
