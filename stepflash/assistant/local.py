@@ -16,11 +16,12 @@ from stepflash.engine.engine import Engine
 from stepflash.engine.llm import LLM
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import ConfigError, RequestError
+from stepflash.kernels import build
 from stepflash.model.config import ModelConfig
 from stepflash.settings import EngineSettings
 from stepflash.weights.hub import resolve_model
 
-# Models up to this size run in float32 by default: they are fast enough, and nothing is lost to rounding.
+# Without native kernels plain bf16 is slow on many processors; models up to this size then run in float32.
 FLOAT32_PARAMETERS = 500_000_000
 
 
@@ -49,7 +50,8 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     sampling = default_sampling(path)
     dtype = settings.dtype
     if dtype is None:
-        dtype = "float32" if config.num_parameters(trunk=False) <= FLOAT32_PARAMETERS else "bfloat16"
+        is_small = config.num_parameters(trunk=False) <= FLOAT32_PARAMETERS
+        dtype = "float32" if is_small and not build.load() else "bfloat16"
     options: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "kv_cache_bytes": settings.kv_cache_bytes,

@@ -46,7 +46,7 @@ def test_sampling_that_cannot_be_used(text: str, tmp_path: Path) -> None:
 
 def test_a_greedy_answer_is_the_argmax_of_the_network() -> None:
     """Brute force: the whole sequence through the network again for every token."""
-    with open_session(str(MICRO), EngineSettings(max_num_seqs=2)) as local:
+    with open_session(str(MICRO), EngineSettings(max_num_seqs=2, dtype="float32")) as local:
         assert local.name == "micro"
         conversation = Conversation(messages=(Message(role="user", content="hello"),))
         prompt = local.session.prepare(conversation, SamplingParams(max_tokens=10, temperature=0.0))
