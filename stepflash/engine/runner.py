@@ -27,7 +27,6 @@ from stepflash.engine.speculative import (
     depth_ahead,
     num_accepted,
     rows_to_verify,
-    wanted_depth,
 )
 from stepflash.errors import EngineError
 from stepflash.model.transformer import Step3p5ForCausalLM
@@ -133,7 +132,7 @@ class Runner:
     ) -> tuple[Pass, Drafts | None] | None:
         """The trunk with the next drafts in one call; None where that cannot be."""
         network = self.network
-        if not isinstance(network, NativeNetwork) or not wanted_depth(plan[0].seq, adaptive_depth):
+        if not isinstance(network, NativeNetwork):
             return None
         seqs = [item.seq for item in plan]
         depth = depth_ahead(seqs, adaptive_depth)

@@ -159,13 +159,13 @@ def depth_ahead(seqs: Seq[Sequence], adaptive_depth: int) -> int:
     tokens, and may say what they like meanwhile: then it is clear before the trunk runs what each module will read.
     """
     depth = wanted_depth(seqs[0], adaptive_depth)
-    return depth if all(_may_run_ahead(seq, depth, adaptive_depth) for seq in seqs) else 0
+    return depth if depth and all(_may_run_ahead(seq, depth, adaptive_depth) for seq in seqs) else 0
 
 
 def _may_run_ahead(seq: Sequence, depth: int, adaptive_depth: int) -> bool:
     mtp = seq.mtp
     return (
-        wanted_depth(seq, adaptive_depth) == depth > 0
+        wanted_depth(seq, adaptive_depth) == depth
         and seq.num_pending == 1
         and seq.restriction(len(seq.drafts) + 1 + depth) is None
         and seq.sampling.logprobs is None
@@ -247,21 +247,9 @@ def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
 
 def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
     """What the loop over `_run_module` comes to for plain jobs of one depth, in one native call."""
-    states = [job.seq.mtp for job in jobs]
     known = [len(job.seq.token_ids) for job in jobs]
     modules = range(jobs[0].depth)
-    first = [min(state.num_computed[: len(modules)]) for state in states]
-    nothing = jobs[0].hidden_states[:0]
-    pending = [state.pending[k] for k in modules for state in states]
-    done = _drafted_ahead(jobs) or network.draft(
-        [job.hidden_states for job in jobs],
-        [nothing if rows is None else rows for rows in pending],
-        [state.num_computed[k] for k in modules for state in states],
-        [job.seq.token_ids[start:] for job, start in zip(jobs, first, strict=True)],
-        first,
-        known,
-        [job.seq.blocks.row for job in jobs],  # type: ignore[union-attr]
-    )
+    done = _drafted_ahead(jobs) or _draft_now(network, jobs, known)
     works = []
     begins = [0] * len(modules)  # of this job's rows in each module's
     for j, job in enumerate(jobs):
@@ -291,6 +279,23 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
                 break
         works.append(work)
     return works
+
+
+def _draft_now(network: NativeNetwork, jobs: Seq[DraftJob], known: list[int]) -> Drafts:
+    modules = range(jobs[0].depth)
+    states = [job.seq.mtp for job in jobs]
+    first = [min(state.num_computed[: len(modules)]) for state in states]
+    nothing = jobs[0].hidden_states[:0]
+    pending = [state.pending[k] for k in modules for state in states]
+    return network.draft(
+        [job.hidden_states for job in jobs],
+        [nothing if rows is None else rows for rows in pending],
+        [state.num_computed[k] for k in modules for state in states],
+        [job.seq.token_ids[start:] for job, start in zip(jobs, first, strict=True)],
+        first,
+        known,
+        [job.seq.blocks.row for job in jobs],  # type: ignore[union-attr]
+    )
 
 
 def _drafted_ahead(jobs: Seq[DraftJob]) -> Drafts | None:

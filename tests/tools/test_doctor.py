@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ from stepflash.tools import doctor, measure
 from stepflash.tools.measure import Measured
 
 MICRO = str(Path(__file__).parents[1] / "fixtures" / "micro")
+SMALL = Measured(
+    device="cpu",
+    num_threads=2,
+    memory_bytes=24 * 10**9,
+    available_bytes=8 * 10**9,
+    bandwidth=20e9,
+    gemm_rates={"float32": 1e11, "bfloat16": 2e12, "int8": None},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +93,7 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_text_says_why_the_full_model_does_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = Measured(
-        device="cpu",
-        num_threads=2,
-        memory_bytes=24 * 10**9,
-        available_bytes=8 * 10**9,
-        bandwidth=20e9,
-        gemm_rates={"float32": 1e11, "bfloat16": 2e12, "int8": None},
-    )
-    monkeypatch.setattr(measure, "measure_cpu", lambda: small)
+    monkeypatch.setattr(measure, "measure_cpu", lambda: SMALL)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "does not fit, even in q4_k_s: weights 113.0 GB > 18.0 GB usable of 24.0 GB" in out
@@ -104,13 +105,11 @@ def test_doctor_text_says_why_the_full_model_does_not_fit(
 def test_small_models_may_beat_the_bounds_of_the_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = Measured(
-        device="cpu",
-        num_threads=2,
+    large = replace(
+        SMALL,
         memory_bytes=512 * 10**9,
         available_bytes=500 * 10**9,
-        bandwidth=20e9,
-        gemm_rates={"float32": 1e11, "bfloat16": None, "int8": None},
+        gemm_rates={**SMALL.gemm_rates, "bfloat16": None},
     )
     monkeypatch.setattr(measure, "measure_cpu", lambda: large)
     assert main(["doctor", "nano"]) == 0
