@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stepflash.engine.kv_cache import KVCache, SequenceBlocks
 
@@ -35,14 +36,14 @@ class TokenBatch:
     """Flat tensors over num_tokens tokens, and the tables of their sequences.
 
     per_token: [4, num_tokens] int64: ids, positions, and flat cache slots of the full and of the sliding group.
-    per_sequence: [2 * num_seqs + 1] int32: token boundaries, which `bounds` has as a list, then slots per sequence
-    that exist after this run. block_tables[group]: [num_seqs, max_blocks] int32.
+    cu_seqlens: [num_seqs + 1] int32 token boundaries. context_lens: [num_seqs] int32 slots that exist after this
+    run. block_tables[group]: [num_seqs, max_blocks] int32.
     """
 
     per_token: Tensor
-    per_sequence: Tensor
+    cu_seqlens: Tensor
+    context_lens: Tensor
     block_tables: tuple[Tensor, Tensor]
-    bounds: list[int]
 
     @property
     def input_ids(self) -> Tensor:
@@ -58,20 +59,6 @@ class TokenBatch:
         """Flat cache slots [num_tokens] int64 in the full or the sliding group."""
         return self.per_token[2 + group]
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """[num_seqs + 1] int32 token boundaries"""
-        return self.per_sequence[: len(self.bounds)]
-
-    @property
-    def context_lens(self) -> Tensor:
-        """[num_seqs] int32"""
-        return self.per_sequence[len(self.bounds) :]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.bounds[-1]
-
 
 def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenBatch:
     """Lay spans end to end. Every span has at least one token, and its slots exist."""
@@ -79,10 +66,11 @@ def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenB
     bounds = [0, *accumulate(lengths)]
     context_lens = [span.start + length for span, length in zip(spans, lengths, strict=True)]
     if bounds[-1] <= FEW_TOKENS:
-        per_token = torch.tensor(_per_token(cache.block_size, spans, shift), dtype=torch.long)
+        per_token = torch.tensor(token_rows(cache.block_size, spans, shift), dtype=torch.long)
     else:
         per_token = torch.from_numpy(_per_token_vectorised(cache, spans, lengths, shift))
-    per_sequence = torch.tensor([*bounds, *context_lens], dtype=torch.int32)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    seq_lens = torch.tensor(context_lens, dtype=torch.int32)
     num_blocks = -(-max(context_lens) // cache.block_size)
     if len(spans) == 1:
         row = spans[0].blocks.row
@@ -92,12 +80,14 @@ def build_batch(cache: KVCache, spans: Sequence[Span], shift: int = 0) -> TokenB
         tables = [table[rows, :num_blocks] for table in cache.tables]
     block_tables = [torch.from_numpy(table) for table in tables]
     if cache.device.type != "cpu":
-        per_token, per_sequence = per_token.to(cache.device), per_sequence.to(cache.device)
+        # Rows of an even number of tokens begin at multiples of 16 bytes, as Triton's kernels like it.
+        per_token = pad(per_token, (0, bounds[-1] % 2)).to(cache.device)[:, : bounds[-1]]
+        cu_seqlens, seq_lens = cu_seqlens.to(cache.device), seq_lens.to(cache.device)
         block_tables = [table.to(cache.device) for table in block_tables]
-    return TokenBatch(per_token, per_sequence, (block_tables[0], block_tables[1]), bounds)
+    return TokenBatch(per_token, cu_seqlens, seq_lens, (block_tables[0], block_tables[1]))
 
 
-def _per_token(block_size: int, spans: Sequence[Span], shift: int) -> list[list[int]]:
+def token_rows(block_size: int, spans: Sequence[Span], shift: int) -> list[list[int]]:
     """Ids, positions and slots of both groups. For few tokens plain Python beats a dozen array calls."""
     input_ids: list[int] = []
     positions: list[int] = []

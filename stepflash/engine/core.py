@@ -225,6 +225,7 @@ class EngineCore:
             return outputs
         self._counters["steps"] += 1
         depth = self._choose_depth(plan)
+        num_captured = self.runner.num_captured
         results, failures = _isolated(lambda items: self.runner.run_trunk(items, depth), plan)
         outputs += [self._fail(item.seq, error) for item, error in failures]
         committed: list[Output] = []
@@ -252,7 +253,8 @@ class EngineCore:
                 is_broken = output.finish_reason is not None
                 outputs.append(replace(output, finish_reason=None) if is_broken else output)
         outputs += [self._fail(job.seq, error) for job, error in broken]
-        self._observe(plan, jobs, depth, time.perf_counter() - start)
+        if self.runner.num_captured == num_captured:
+            self._observe(plan, jobs, depth, time.perf_counter() - start)
         if self.saver is not None:
             self.saver.turn()
         return outputs

@@ -145,7 +145,7 @@ def encode(link: Link, source: Origin, previous: str) -> Iterator[memoryview]:
     token_ids = torch.tensor(link.token_ids, dtype=torch.int32).view(-1, block_size)
     tensors = {"token_ids": [token_ids], **link.rows}
     for i, carries in enumerate(link.carries):
-        tensors |= {f"carry.{i}.{k}": [carry.cpu()] for k, carry in enumerate(carries)}
+        tensors |= {f"carry.{i}.{k}": [carry] for k, carry in enumerate(carries)}
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, pieces in tensors.items():

@@ -18,7 +18,6 @@ from torch import Tensor
 from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, build_batch
 from stepflash.engine.kv_cache import KVCache
-from stepflash.kernels import build
 from stepflash.model.config import RopeConfig
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTPLayer
@@ -66,8 +65,9 @@ class ModelNetwork:
     def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass:
         batch = build_batch(self._cache, spans)
         hidden_states = self._model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch))
-        chosen = _select(hidden_states, rows)
-        return Pass(hidden_states, self._model.compute_logits(chosen) if rows else _no_logits(hidden_states))
+        if not rows:
+            return Pass(hidden_states, _no_logits(hidden_states))
+        return Pass(hidden_states, self._model.compute_logits(_select(hidden_states, rows)))
 
     def module(self, module: int, spans: Sequence[Span], previous: Tensor, rows: Sequence[int]) -> Pass:
         batch = build_batch(self._cache, spans, shift=module)
@@ -147,16 +147,6 @@ class NativeNetwork:
         return Pass(hidden_states, logits, greedy)
 
 
-def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:
-    """The fastest network that this model and cache allow."""
-    layers = model.model.layers
-    is_packed = all(isinstance(layer, QuantDecoderLayer | QuantMTPLayer) for layer in layers)
-    is_native = all(layer.is_native for layer in cache.layers.values())
-    if is_packed and is_native and cache.device.type == "cpu" and build.load():
-        return NativeNetwork(model, cache, vocab_limit)
-    return ModelNetwork(model, cache)
-
-
 def _new_network(
     model: Step3p5ForCausalLM, cache: KVCache, layers: Sequence[QuantDecoderLayer | QuantMTPLayer], first: int
 ) -> Any:
@@ -201,8 +191,9 @@ def _head(norm: Any, head: Any) -> tuple[Tensor, Tensor, int]:
 
 
 def _select(hidden_states: Tensor, rows: Sequence[int]) -> Tensor:
-    if len(rows) == hidden_states.shape[0]:
-        return hidden_states
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
+        return hidden_states[first : last + 1]  # nothing has to be told to the device
     return hidden_states[torch.tensor(rows, dtype=torch.long, device=hidden_states.device)]
 
 

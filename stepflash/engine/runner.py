@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from stepflash.engine.batch import Span
+from stepflash.engine.cuda_graphs import GraphNetwork
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import Drafts, NativeNetwork, Pass, make_network
+from stepflash.engine.network import Drafts, ModelNetwork, NativeNetwork, Network, Pass
 from stepflash.engine.request import TokenLogprob
 from stepflash.engine.sampler import Choice, Row, Sampler
 from stepflash.engine.scheduler import Scheduled
@@ -29,7 +30,9 @@ from stepflash.engine.speculative import (
     rows_to_verify,
 )
 from stepflash.errors import EngineError
+from stepflash.kernels import build
 from stepflash.model.transformer import Step3p5ForCausalLM
+from stepflash.weights.quantized import QuantDecoderLayer, QuantMTPLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,18 @@ class TrunkResult:
     ahead: Drafts | None = None
 
 
+def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:
+    """The fastest network that this model and cache allow."""
+    layers = model.model.layers
+    is_packed = all(isinstance(layer, QuantDecoderLayer | QuantMTPLayer) for layer in layers)
+    is_native = all(layer.is_native for layer in cache.layers.values())
+    if is_packed and is_native and cache.device.type == "cpu" and build.load():
+        return NativeNetwork(model, cache, vocab_limit)
+    if is_packed and cache.device.type == "cuda":
+        return GraphNetwork(model, cache, vocab_limit)
+    return ModelNetwork(model, cache)
+
+
 class Runner:
     """A model, its cache and its sampler."""
 
@@ -61,6 +76,11 @@ class Runner:
         self.sampler = sampler
         self.network = make_network(model, cache, sampler.vocab_limit)
         self._max_deferred = max_deferred
+
+    @property
+    def num_captured(self) -> int:
+        """Passes captured so far; a step that captures takes long, once."""
+        return self.network.num_graphs if isinstance(self.network, GraphNetwork) else 0
 
     @torch.inference_mode()
     def run_trunk(self, plan: Seq[Scheduled], adaptive_depth: int = 0) -> list[TrunkResult]:

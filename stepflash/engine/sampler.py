@@ -139,7 +139,11 @@ class Sampler:
                 if len(sampled) == len(rows)
                 else self._choose_mixed(logits, rows, sampled)
             )
-        return _choice(raw, rows, chosen.tolist(), best.tolist())
+        if not logits.is_cuda:
+            return _choice(raw, rows, chosen.tolist(), best.tolist())
+        # Each transfer waits for the device: one for both.
+        ids, values = torch.stack((chosen.double(), best.double())).tolist()
+        return _choice(raw, rows, [int(i) for i in ids], values)
 
     def _choose_mixed(self, logits: Tensor, rows: Sequence[Row], sampled: list[int]) -> Tensor:
         chosen = logits.argmax(dim=-1)

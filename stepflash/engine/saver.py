@@ -220,7 +220,7 @@ class Saver:
         windows = disk.window_nodes(node, snapshot.first) if snapshot.block_ids else []
         entry = position.nodes[node], snapshot.first, [position.windows[n] for n in windows]
         link.snapshots.append(entry)
-        link.carries.append(snapshot.carries)
+        link.carries.append(tuple(carry.cpu() for carry in snapshot.carries))
         link.num_bytes += sum(carry.nbytes for carry in snapshot.carries)
         position.snapshots[node] = position.num_snapshots
         position.num_snapshots += 1

@@ -107,7 +107,12 @@ class Step3p5ForCausalLM(nn.Module):
         return layer
 
     def rotation(self, rope: RopeConfig, positions: Tensor) -> Rotation:
-        return rotation(self.rope_frequencies[rope].to(positions.device), positions)
+        frequencies = self.rope_frequencies[rope]
+        if frequencies.device != positions.device:
+            # Kept where they are needed: a step must not wait for the host.
+            with torch.inference_mode(False):
+                frequencies = self.rope_frequencies[rope] = frequencies.to(positions.device)
+        return rotation(frequencies, positions)
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING, Any
 
 from stepflash.errors import ConfigError, WeightsError
 from stepflash.settings import trusted_signers_file
+
+if TYPE_CHECKING:  # imported where there is a signature: most checkpoints have none
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SIGNATURE, DIGEST = "signature", "receipt_sha256"
 ALGORITHM = "ed25519"
@@ -39,6 +38,10 @@ def open_signing_key(path: Path) -> Ed25519PrivateKey:
     Raises:
         ConfigError: the file is something else or cannot be made.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     try:
         if not path.exists():
             key = Ed25519PrivateKey.generate()
@@ -81,6 +84,9 @@ def signer_of(values: Mapping[str, Any], origin: object) -> str | None:
     signature = values.get(SIGNATURE)
     if signature is None:
         return None
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         if signature["algorithm"] != ALGORITHM:
             raise ValueError(f"algorithm {signature['algorithm']!r}")
