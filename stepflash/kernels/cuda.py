@@ -8,18 +8,26 @@ and Triton is there (it comes with CUDA builds of torch). Nothing here waits for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepflash.kernels import kv_layout, reference, triton_attention, triton_matmul, triton_norm
+from stepflash.kernels import (
+    cuda_layout,
+    cuda_matmul,
+    cuda_moe,
+    kv_layout,
+    reference,
+    triton_attention,
+    triton_matmul,
+    triton_norm,
+)
+from stepflash.kernels.cuda_moe import power_of_two
 from stepflash.kernels.formats import Format
 
-# Fixed, so that a token's sums have one order: two lots of 16 rows waste little at decode and feed prefill.
-BLOCK_M, BLOCK_N = 32, 64
 ATTENTION_ROWS = 64  # query heads of a program: one and three drafted tokens of a group of 16
-CHUNK, KEY_TILE = 512, 64  # keys of a split, of a tile
+# Fixed, so that a token's sums have one order: keys of a split, of a tile.
+CHUNK, KEY_TILE = 256, 64
 
 _library: torch.library.Library | None = None
 
@@ -31,17 +39,14 @@ def register() -> None:
         return
     _library = torch.library.Library("stepflash", "IMPL")  # type: ignore[no-untyped-call]
     for kernel in (
-        rms_norm, add_rms_norm, linear, moe, qk_norm_rope, qkv_gate, cache_write, paged_attention, cached_attention,
+        rms_norm, add_rms_norm, linear, route, moe, qk_norm_rope, qkv_gate, cache_write, paged_attention,
+        cached_attention,
     ):  # fmt: skip
         _library.impl(kernel.__name__, kernel, "CUDA")  # type: ignore[no-untyped-call]
 
 
 def _ceil(x: int, size: int) -> int:
     return -(-x // size)
-
-
-def _power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
 
 
 # ---- norms and rotation ------------------------------------------------------------------------------------
@@ -62,8 +67,9 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     if x.numel():
         added = x if residual is None else residual.contiguous()
         triton_norm.rms_norm[(x.numel() // size,)](
-            x, added, weight, out, total, size, eps, _power_of_two(size), residual is not None
-        )
+            x, added, weight, out, total, size, eps, power_of_two(size), residual is not None,
+            num_warps=8 if size > 2048 else 4,
+        )  # fmt: skip
     return out, total
 
 
@@ -80,7 +86,7 @@ def _norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) 
     if num_tokens:
         triton_norm.norm_rope[(num_tokens, num_heads)](
             x, weight, out, cos.contiguous(), sin.contiguous(), x.stride(0), eps, num_heads, head_dim,
-            cos.shape[1], _power_of_two(head_dim),
+            cos.shape[1], power_of_two(head_dim),
         )  # fmt: skip
     return out
 
@@ -94,60 +100,21 @@ def _heads_together(x: Tensor) -> Tensor:
 
 
 def _is_supported(formats: Sequence[int]) -> bool:
-    return not {Format.Q4_K, Format.Q6_K} & set(formats)
+    return all(cuda_layout.is_supported(Format(fmt)) for fmt in formats)
 
 
-def _weight(packed: Tensor, fmt: Format, in_features: int) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Views of a packed weight [.., num_bytes] as codes and as scales, its padded k, and what kernels must know."""
-    padded_k = _ceil(in_features, fmt.k_block) * fmt.k_block
-    if fmt == Format.BF16:
-        codes = packed.view(torch.bfloat16)
-        return codes, codes, padded_k, {"KIND": 0, "GROUP": 1, "BLOCK_K": 64}
-    if fmt == Format.FP8:
-        return packed, packed.view(torch.float32), padded_k, {"KIND": 1, "GROUP": 128, "BLOCK_K": 64}
-    kind = {"KIND": 3 if fmt.is_int4 else 2, "GROUP": fmt.group, "BLOCK_K": min(fmt.group, 64)}
-    return packed, packed.view(torch.float16), padded_k, kind
-
-
-def _one_group(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and experts of a dense product."""
-    blocks = _ceil(num_rows, BLOCK_M)
-    rows = torch.arange(blocks * BLOCK_M, dtype=torch.int32, device=device)
-    return torch.where(rows < num_rows, rows, -1), torch.zeros(blocks, dtype=torch.int32, device=device)
-
-
-def _group_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Rows token * top_k + choice sorted by expert, each expert's padded to blocks, and the blocks' experts.
-
-    As many blocks as could be needed, so that nothing waits for the counts; unused ones have expert num_experts.
-    """
-    flat = topk_ids.flatten().long()
-    num_rows, device = flat.numel(), flat.device
-    counts = torch.zeros(num_experts, dtype=torch.long, device=device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
-    blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    sorted_ids, order = flat.sort(stable=True)
-    place = torch.arange(num_rows, device=device) - (counts.cumsum(0) - counts)[sorted_ids]
-    last_blocks = blocks.cumsum(0)
-    most = min(num_rows, _ceil(num_rows, BLOCK_M) + num_experts)
-    rows = torch.full((most * BLOCK_M,), -1, dtype=torch.int32, device=device)
-    rows[(last_blocks - blocks)[sorted_ids] * BLOCK_M + place] = order.int()
-    experts = torch.searchsorted(last_blocks, torch.arange(most, device=device), right=True)
-    return rows, experts.int()
-
-
-def _matmul(
-    x: Tensor, packed: Tensor, fmt: Format, rows: Tensor, experts: Tensor, out: Tensor, weights: Tensor | None
-) -> None:
-    """out[row] = x[row] @ weight.T (times weights[row]); `packed` is [num_bytes] or [num_experts, num_bytes]."""
-    codes, scales, padded_k, kind = _weight(packed.view(-1, packed.shape[-1]), fmt, x.shape[1])
-    size = out.shape[1]
-    triton_matmul.matmul[(experts.numel(), _ceil(size, BLOCK_N))](
-        x, codes, scales, rows, experts, out if weights is None else weights, out, out.stride(0), codes.stride(0),
-        scales.stride(0), x.shape[1], padded_k, size, codes.shape[0], WEIGHTED=weights is not None,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **kind,
-    )  # fmt: skip
+def _side_by_side(
+    x: Tensor, weights: Sequence[Tensor], formats: Sequence[int], sizes: Sequence[int]
+) -> Tensor:
+    """Products as parts [parts, num_tokens, sum(sizes)] float32, to be added in order."""
+    if len(weights) <= 3 and len(set(formats)) == 1:
+        together = [(w, Format(f), n) for w, f, n in zip(weights, formats, sizes, strict=True)]
+        return cuda_matmul.matmul(x, together, cuda_matmul.num_splits(sum(sizes), x.shape[1]))
+    apart = [
+        cuda_matmul.finish(_side_by_side(x, [w], [f], [n]), None, torch.float32)
+        for w, f, n in zip(weights, formats, sizes, strict=True)
+    ]
+    return torch.cat(apart, 1)[None]
 
 
 def linear(
@@ -164,48 +131,31 @@ def linear(
     """Activations enter as bf16 for every format."""
     if not _is_supported(formats):
         return reference.linear(x, weights, formats, sizes, norm_weight, eps, gate, residual, dtype)
+    if not x.shape[0]:
+        return torch.empty((0, sum(sizes)), dtype=dtype or x.dtype, device=x.device)
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
-    if gate is not None:
-        heads = x.float().view(x.shape[0], gate.shape[1], -1) * torch.sigmoid(gate.float()).unsqueeze(-1)
-        x = heads.flatten(-2).to(x.dtype)
     x = x.contiguous()
-    out = torch.empty((x.shape[0], sum(sizes)), dtype=torch.float32, device=x.device)
-    if x.shape[0]:
-        rows, experts = _one_group(x.shape[0], x.device)
-        columns = torch.split(out, list(sizes), 1)
-        for packed, fmt, part in zip(weights, formats, columns, strict=True):
-            _matmul(x, packed, Format(fmt), rows, experts, part, None)
-    if residual is not None:
-        out += residual.float()
-    return out.to(dtype or x.dtype)
+    if gate is not None:
+        x = _gated(x, gate.contiguous())
+    parts = _side_by_side(x, weights, formats, sizes)
+    return cuda_matmul.finish(parts, None if residual is None else residual.contiguous(), dtype or x.dtype)
 
 
-def _experts(
-    x: Tensor,
-    packed: Sequence[Tensor],
-    formats: Sequence[int],
-    size: int,
-    limit: float | None,
-    top_k: int,
-    groups: tuple[Tensor, Tensor],
-    weights: Tensor | None,
-) -> Tensor:
-    """Outputs [num_tokens * top_k, hidden_size] float32 of the experts that `groups` gives each row."""
-    rows, experts = groups
-    num_rows, (gate, up, down) = x.shape[0] * top_k, packed
-    gate, up = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
-    codes, scales, padded_k, kind = _weight(gate, Format(formats[0]), x.shape[1])
-    up_codes, up_scales, _, _ = _weight(up, Format(formats[1]), x.shape[1])
-    hidden = torch.empty((num_rows, size), dtype=torch.bfloat16, device=x.device)
-    triton_matmul.swiglu[(experts.numel(), _ceil(size, BLOCK_N))](
-        x, codes, scales, up_codes, up_scales, rows, experts, hidden, codes.stride(0), scales.stride(0), x.shape[1],
-        padded_k, size, codes.shape[0], 0.0 if limit is None else limit, TOP_K=top_k, LIMITED=limit is not None,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **kind,
-    )  # fmt: skip
-    out = torch.empty((num_rows, x.shape[1]), dtype=torch.float32, device=x.device)
-    _matmul(hidden, down, Format(formats[2]), rows, experts, out, weights)
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    num_tokens, num_heads = gate.shape
+    head_dim = x.shape[1] // num_heads
+    out = torch.empty_like(x)
+    triton_matmul.gated[(num_tokens, num_heads)](
+        x, gate, out, num_heads, head_dim, power_of_two(head_dim), num_warps=1
+    )
     return out
+
+
+def route(
+    x: Tensor, router_weight: Tensor, router_bias: Tensor | None, top_k: int, scaling_factor: float
+) -> tuple[Tensor, Tensor]:
+    return cuda_moe.route(x, router_weight, router_bias, top_k, scaling_factor)
 
 
 def moe(
@@ -229,40 +179,17 @@ def moe(
     topk_weights: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Activations enter as bf16 for every format; the router is the reference's."""
-    if not _is_supported([*expert_formats, *shared_formats]):
-        return reference.moe(
-            x, norm_weight, eps, router_weight, router_bias, top_k, scaling_factor, experts, expert_formats,
-            num_experts, expert_size, limit, shared, shared_formats, shared_size, shared_limit, topk_ids,
-            topk_weights, residual,
-        )  # fmt: skip
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    num_tokens, hidden_size = x.shape
-    if not num_tokens:
-        return out
-    normed = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
-    routed = dense = out  # stand-ins where there are none
-    choices = 0
-    if experts:
-        if topk_ids is None or topk_weights is None:
-            assert router_weight is not None
-            topk_ids, topk_weights = reference.route(
-                normed, router_weight, router_bias, top_k, scaling_factor
-            )
-        choices = topk_ids.shape[1]
-        groups = _group_by_expert(topk_ids, num_experts)
-        scales = topk_weights.float().contiguous()
-        routed = _experts(normed, experts, expert_formats, expert_size, limit, choices, groups, scales)
-    if shared:
-        one = _one_group(num_tokens, x.device)
-        dense = _experts(normed, shared, shared_formats, shared_size, shared_limit, 1, one, None)
-    added = out if residual is None else residual.contiguous()
-    block = min(1024, _power_of_two(hidden_size))
-    triton_matmul.combine[(num_tokens, _ceil(hidden_size, block))](
-        routed, dense, added, out, hidden_size, TOP_K=choices, HAS_SHARED=bool(shared),
-        HAS_RESIDUAL=residual is not None, BLOCK=block,
+    """Activations enter as bf16 for every format."""
+    rest = (
+        router_weight, router_bias, top_k, scaling_factor, experts, expert_formats, num_experts, expert_size, limit,
+        shared, shared_formats, shared_size, shared_limit, topk_ids, topk_weights, residual,
     )  # fmt: skip
-    return out
+    if not _is_supported([*expert_formats, *shared_formats]):
+        return reference.moe(x, norm_weight, eps, *rest)
+    if not x.shape[0]:
+        return torch.empty_like(x)
+    normed = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
+    return cuda_moe.moe(x, normed, *rest)
 
 
 def qkv_gate(
@@ -279,11 +206,29 @@ def qkv_gate(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _is_supported(formats):
+        return reference.qkv_gate(
+            x, norm_weight, weights, formats, num_heads, num_kv_heads, head_dim, q_weight, k_weight, eps, cos, sin
+        )  # fmt: skip
+    num_tokens = x.shape[0]
+    q, k, v = (
+        torch.empty((num_tokens, heads, head_dim), dtype=x.dtype, device=x.device)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    gate = torch.empty((num_tokens, num_heads), dtype=x.dtype, device=x.device)
+    if not num_tokens:
+        return q, k, v, gate
+    normed = rms_norm(x, norm_weight, eps)
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
-    q, k, v, gate = torch.split(linear(x, weights, formats, sizes, norm_weight, eps), sizes, -1)
-    q, k, v = (part.view(x.shape[0], -1, head_dim) for part in (q, k, v))
-    q, k = qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin)
-    return q, k, v.contiguous(), gate.contiguous()
+    parts = _side_by_side(normed, weights[:3], formats[:3], sizes[:3])
+    gate_parts = _side_by_side(normed, weights[3:], formats[3:], sizes[3:])
+    triton_norm.finish_heads[(num_tokens, num_heads + 2 * num_kv_heads + 1)](
+        parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate, num_tokens, eps,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
+        BLOCK_D=power_of_two(head_dim), BLOCK_H=power_of_two(num_heads), PARTS=parts.shape[0],
+        GATE_PARTS=gate_parts.shape[0], num_warps=1,
+    )  # fmt: skip
+    return q, k, v, gate
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -301,12 +246,12 @@ def cache_write(
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
         return
-    for source, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        source = _heads_together(source)
-        triton_attention.write_slots[(num_tokens, num_kv_heads)](
-            source, cache, cache if scales is None else scales, slot_mapping.contiguous(), source.stride(0),
-            num_kv_heads, head_dim, _power_of_two(head_dim), scales is not None,
-        )  # fmt: skip
+    k, v = _heads_together(k), _heads_together(v)
+    triton_attention.write_slots[(num_tokens, 2 * num_kv_heads)](
+        k, v, k_cache, v_cache, k_cache if k_scale is None else k_scale, v_cache if v_scale is None else v_scale,
+        slot_mapping.contiguous(), k.stride(0), v.stride(0), num_kv_heads, head_dim, power_of_two(head_dim),
+        k_scale is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def paged_attention(
@@ -329,14 +274,14 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not num_tokens:
         return out
-    group_rows = _power_of_two(num_heads // num_kv_heads)
+    group_rows = power_of_two(num_heads // num_kv_heads)
     block_q = max(1, ATTENTION_ROWS // group_rows)
     num_splits = _ceil(block_table.shape[1] * block_size, CHUNK)
     if window:
         num_splits = min(num_splits, _ceil(window + block_q, CHUNK) + 1)
     split = num_splits > 1 and num_tokens <= block_q * num_seqs
     splits = num_splits if split else 1
-    block_d = max(16, _power_of_two(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     parts = (num_tokens, num_heads, splits) if split else (0,)
     peaks, totals = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))
     sums = torch.empty((*parts, block_d), dtype=torch.float32, device=q.device)
@@ -355,20 +300,10 @@ def paged_attention(
         TILE=KEY_TILE // 2 if wide else KEY_TILE, INT8=k_scale is not None, SPLIT=split, WIDE=wide, **sizes,
     )  # fmt: skip
     if split:
-        triton_attention.merge_splits[(num_tokens, num_kv_heads)](
-            gates,
-            seq_lens,
-            cu_seqlens,
-            out,
-            peaks,
-            totals,
-            sums,
-            num_seqs,
-            window,
-            first_key,
-            splits,
+        triton_attention.merge_splits[(num_tokens, num_heads)](
+            gates, seq_lens, cu_seqlens, out, peaks, totals, sums, num_seqs, window, first_key, splits, num_warps=1,
             **sizes,
-        )
+        )  # fmt: skip
     return out
 
 

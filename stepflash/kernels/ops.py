@@ -5,7 +5,8 @@ names, which then win. It is compiled and loaded when an op first runs on the CP
 never ask what is available; the Triton kernels (cuda.py) likewise when an op first sees a CUDA tensor. Gradients
 recompute through the reference (activations are rounded straight-through; packed weights and caches have none).
 
-Legend: x [num_tokens, hidden_size] bf16 or float32; a packed weight is a uint8 tensor of `formats.py`.
+Legend: x [num_tokens, hidden_size] bf16 or float32; a packed weight is a uint8 tensor of `formats.py`, on a CUDA
+device with kernels one of `cuda_layout.py`.
 Every kernel gives a token the same bits whatever else is in the call.
 """
 
@@ -15,6 +16,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,8 +66,11 @@ def _load_kernels(device: str) -> bool:
     """Whether kernels for this type of device are registered now."""
     if device == "cpu":
         return build.load()
-    if device != "cuda":
-        return False
+    return device == "cuda" and _load_cuda()
+
+
+@lru_cache(maxsize=1)
+def _load_cuda() -> bool:
     try:
         from stepflash.kernels import cuda
     except ImportError as error:  # no Triton
@@ -73,6 +78,11 @@ def _load_kernels(device: str) -> bool:
         return False
     cuda.register()
     return True
+
+
+def wants_tiles(device: torch.device) -> bool:
+    """Whether the kernels of this device take packed weights as `cuda_layout` has them."""
+    return device.type == "cuda" and _load_cuda()
 
 
 def _default(name: str) -> Callable[..., Any]:

@@ -171,8 +171,8 @@ def merge_splits(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_tokens, num_kv_heads): the chunks of one token in ascending order."""
-    token, kv_head = tl.program_id(0), tl.program_id(1)
+    """Grid (num_tokens, NUM_HEADS): the chunks of one token in ascending order."""
+    token = tl.program_id(0)
     seq = find_sequence(cu_seqlens, num_seqs, token, 1, 0)
     start = tl.load(cu_seqlens + seq)
     first_position = tl.load(seq_lens + seq) - (tl.load(cu_seqlens + seq + 1) - start)
@@ -180,40 +180,40 @@ def merge_splits(
     oldest = visible_from(
         first_position + query // BLOCK_Q * BLOCK_Q, window, first_key
     )  # of its query block
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    member, dims = tl.arange(0, GROUP_ROWS), tl.arange(0, BLOCK_D)
-    live = member < GROUP
-    head = kv_head * GROUP + member
-    peak = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_ROWS], tl.float32)
-    sums = tl.zeros([GROUP_ROWS, BLOCK_D], tl.float32)
+    one, dims = tl.arange(0, 1), tl.arange(0, BLOCK_D)
+    head = tl.program_id(1) + one
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    sums = tl.zeros([1, BLOCK_D], tl.float32)
     row = (token * NUM_HEADS + head).to(tl.int64)
-    for split in range((first_position + query) // CHUNK - oldest // CHUNK + 1):
+    chunks = (first_position + query) // CHUNK - oldest // CHUNK + 1
+    for split in tl.range(0, chunks, num_stages=4):
         part = row * num_splits + split
-        other_peak = tl.load(split_peaks + part, mask=live, other=float("-inf"))
-        other_total = tl.load(split_totals + part, mask=live, other=0.0)
-        other_sums = tl.load(
-            split_sums + part[:, None] * BLOCK_D + dims[None, :], mask=live[:, None], other=0.0
-        )
+        other_peak = tl.load(split_peaks + part)
+        other_total = tl.load(split_totals + part)
+        other_sums = tl.load(split_sums + part[:, None] * BLOCK_D + dims[None, :])
         peak, total, sums = merge(peak, total, sums, other_peak, other_total, other_sums)
-    store_result(out, gate, token, head, live, total, sums, NUM_HEADS, HEAD_DIM, BLOCK_D, HAS_GATE)
+    store_result(out, gate, token, head, one == 0, total, sums, NUM_HEADS, HEAD_DIM, BLOCK_D, HAS_GATE)
 
 
 @triton.jit
 def write_slots(
-    source, cache, scales, slot_mapping, source_stride, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, INT8: tl.constexpr,
+    k, v, k_cache, v_cache, k_scales, v_scales, slot_mapping, k_stride, v_stride, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_tokens, num_kv_heads): one head of a token into its slot; int8 with a scale, peak / 127."""
+    """Grid (num_tokens, 2 * NUM_KV_HEADS): one head of a token into its slot, keys then values; int8 with a scale,
+    peak / 127."""
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
         return
+    source, cache, scales, stride = k, k_cache, k_scales, k_stride
+    if head >= NUM_KV_HEADS:
+        source, cache, scales, stride = v, v_cache, v_scales, v_stride
+        head -= NUM_KV_HEADS
     dims = tl.arange(0, BLOCK_D)
     inside = dims < HEAD_DIM
-    values = tl.load(
-        source + token.to(tl.int64) * source_stride + head * HEAD_DIM + dims, mask=inside, other=0.0
-    )
+    values = tl.load(source + token.to(tl.int64) * stride + head * HEAD_DIM + dims, mask=inside, other=0.0)
     row = slot * NUM_KV_HEADS + head
     if INT8:
         wide = values.to(tl.float32)

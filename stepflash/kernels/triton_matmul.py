@@ -1,12 +1,17 @@
 # mypy: ignore-errors
-"""Device code of products with packed weights, in Triton; `cuda.py` launches it.
+"""Device code of products with packed weights, in Triton; `cuda_matmul.py` launches it.
 
-Weights are read as `formats.py` packs them: panels of 32 rows. Codes of every format are exact in bf16; a group's
-scale multiplies the float32 sum over that group, so nothing is rounded but activations, to bf16.
+Weights lie as `cuda_layout.py` lays them: 2 KiB tiles of 64 rows, in which 16 bytes are what a thread of a warpgroup
+multiplies. They go from memory through shared memory to the registers of the matrix unit and are decoded there;
+the product is computed transposed, weights times activations, so that a few tokens are the short side of it. Codes of
+every format are exact in bf16; a group's scale multiplies the float32 sum over that group, so nothing is rounded but
+activations, to bf16.
 
-Rows are grouped by expert: block b of BLOCK_M entries of `rows` belongs to expert experts[b]; an entry is a row of
-the result, or -1 for none. A dense product is one expert. All sizes of tiles are fixed: a row's sums have the same
-order whatever else is in the call.
+A token's sum over k has one order whatever else is in the call: steps of the weight's columns in ascending order
+within a split, then splits in ascending order, whether a split is a program of its own (few tokens) or not.
+
+Rows of the result are grouped by expert: block b of BLOCK_T entries of `rows` belongs to expert experts[b]; an entry
+is a row of the result, or -1 for none. A dense product is one expert.
 """
 
 import triton
@@ -18,124 +23,373 @@ INT8 = tl.constexpr(2)
 INT4 = tl.constexpr(3)
 
 
-@triton.jit
-def multiply(x, codes, scales, n, first_k, padded_k, live_n, BLOCK_K: tl.constexpr, KIND: tl.constexpr,
-             GROUP: tl.constexpr):  # fmt: skip
-    """x [BLOCK_M, BLOCK_K] bf16 times the tile of rows n [BLOCK_N] from column first_k; inside one group of k.
-
-    codes, scales: the same bytes of one packed weight, as the types of its codes and of its scales.
-    """
-    k = first_k + tl.arange(0, BLOCK_K)
-    live = (k < padded_k)[:, None] & live_n[None, :]
-    panel, row = (n // 32).to(tl.int64), n % 32
-    if KIND == BF16:
-        at = panel[None, :] * padded_k * 32 + (k // 2 * 64 + k % 2)[:, None] + (row * 2)[None, :]
-        return tl.dot(x, tl.load(codes + at, mask=live, other=0.0))
-    if KIND == FP8:
-        header = (padded_k // 128 * 4 + 63) // 64 * 64
-        panel_bytes = header + padded_k * 32
-        lane = row % 16 // 4 * 16 + row // 16 * 8 + row % 4 * 2
-        at = (panel * panel_bytes + header + lane)[None, :] + (k // 2 * 64 + k % 2)[:, None]
-        code = tl.load(codes + at, mask=live, other=0).to(tl.uint16)
-        # e4m3 in the exponent and mantissa of a half is the value / 256, subnormals too; weights hold no NaN.
-        half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.float16, bitcast=True)
-        values = (half.to(tl.float32) * 256.0).to(tl.bfloat16)
-        scale = tl.load(scales + panel * (panel_bytes // 4) + first_k // 128, mask=live_n, other=0.0)
-        return tl.dot(x, values) * scale[None, :]
-    if KIND == INT8:
-        pair_bytes = 128 + 64 * GROUP
-        within = k % (2 * GROUP) // 4 * 128 + k % 4
-        lane = row * 4
-    else:
-        pair_bytes = 128 + 32 * GROUP
-        within = k % (2 * GROUP) // 4 * 64 + k % 4
-        lane = row % 16 * 4
-    panel_bytes = panel * (padded_k // (2 * GROUP) * pair_bytes)
-    at = (panel_bytes + 128 + lane)[None, :] + (k // (2 * GROUP) * pair_bytes + within)[:, None]
-    code = tl.load(codes + at, mask=live, other=0).to(tl.int32)
-    if KIND == INT8:
-        values = code - 128
-    else:
-        values = (code >> (row // 16 * 4)[None, :] & 15) - 8
-    scale_at = panel_bytes // 2 + first_k // (2 * GROUP) * (pair_bytes // 2) + first_k // GROUP % 2 * 32 + row
-    scale = tl.load(scales + scale_at, mask=live_n, other=0.0).to(tl.float32)
-    return tl.dot(x, values.to(tl.float32).to(tl.bfloat16)) * scale[None, :]
+# ---- codes to bf16 ------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_rows(x, row, live, first_k, in_features, BLOCK_K: tl.constexpr):
-    k = first_k + tl.arange(0, BLOCK_K)
-    at = row.to(tl.int64)[:, None] * in_features + k[None, :]
-    return tl.load(x + at, mask=live[:, None] & (k < in_features)[None, :], other=0.0).to(tl.bfloat16)
+def decode_int4(raw, ON_DEVICE: tl.constexpr):
+    """uint8 -> bf16 of the low and of the high nibbles, each minus 8. 0x43xx is 128 + xx as bf16."""
+    if ON_DEVICE:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, one, off;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 off, 0xC308C308;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shr.b32 c, a, 4;
+            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, a, one, off;
+            fma.rn.bf16x2 $2, c, one, off;
+            shr.b32 c, b, 4;
+            lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $1, b, one, off;
+            fma.rn.bf16x2 $3, c, one, off;
+            }""",
+            "=r,=r,=r,=r,r", [raw], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+        return low, high
+    code = raw.to(tl.int32)
+    return ((code & 15) - 8).to(tl.float32).to(tl.bfloat16), ((code >> 4) - 8).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
-def swiglu(
-    x, gate, gate_scales, up, up_scales, rows, experts, out, code_stride, scale_stride, in_features, padded_k, size,
-    num_experts, limit, TOP_K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, LIMITED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def decode_int8(raw, ON_DEVICE: tl.constexpr):
+    """uint8 -> bf16 of code - 128: 128 + the low seven bits, minus 128 or, where the top bit is clear, 256."""
+    if ON_DEVICE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, one;
+            mov.b32 one, 0x3F803F80;
+            prmt.b32 a, $2, 0, 0x4140;
+            prmt.b32 b, $2, 0, 0x4342;
+            lop3.b32 c, a, 0x00800080, 0xC380C380, 0x6A;
+            lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, a, one, c;
+            lop3.b32 c, b, 0x00800080, 0xC380C380, 0x6A;
+            lop3.b32 b, b, 0x007F007F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $1, b, one, c;
+            }""",
+            "=r,=r,r", [raw], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return (raw.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def decode_fp8(raw, ON_DEVICE: tl.constexpr):
+    """e4m3 -> bf16: its bits in bf16's exponent and mantissa are the value times 2^-120, subnormals too."""
+    if ON_DEVICE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, scale, zero;
+            mov.b32 scale, 0x7B807B80;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 a, $2, 0, 0x1404;
+            prmt.b32 b, $2, 0, 0x3424;
+            shr.b32 c, a, 4;
+            and.b32 c, c, 0x07F007F0;
+            lop3.b32 a, a, 0x80008000, c, 0xEA;
+            fma.rn.bf16x2 $0, a, scale, zero;
+            shr.b32 c, b, 4;
+            and.b32 c, c, 0x07F007F0;
+            lop3.b32 b, b, 0x80008000, c, 0xEA;
+            fma.rn.bf16x2 $1, b, scale, zero;
+            }""",
+            "=r,=r,r", [raw], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    code = raw.to(tl.uint16)
+    half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.float16, bitcast=True)  # the value / 256
+    return (half.to(tl.float32) * 256.0).to(tl.bfloat16)
+
+
+# ---- sums over k --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fragment(tiles, ROWS: tl.constexpr):
+    """Decoded tiles [ROWS / 64, 2048] as weights [ROWS, 32]: a thread keeps what it holds."""
+    parts = tl.reshape(
+        tiles, (ROWS // 16, 8, 4, 2, 2, 2, 2)
+    )  # warp, row, column pair; 8 rows, 16 and 8 columns, pair
+    return tl.reshape(tl.permute(parts, (0, 3, 1, 4, 5, 2, 6)), (ROWS, 32))
+
+
+@triton.jit
+def load_x(x, source, live, first_k, in_features, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Activations [WIDTH, BLOCK_T] bf16 of the rows `source` from column first_k."""
+    k = first_k + tl.arange(0, WIDTH)
+    at = source[None, :] * in_features + k[:, None]
+    inside = live[None, :] if EVEN else live[None, :] & (k < in_features)[:, None]
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def load_tiles(codes, tile, stride, ROWS: tl.constexpr):
+    """Raw bytes [ROWS / 64, 2048] of tile `tile` of these rows."""
+    at = tl.arange(0, ROWS // 64)[:, None] * stride + tl.arange(0, 2048)[None, :]
+    return tl.load(codes + tile * 2048 + at)
+
+
+@triton.jit
+def add_step(
+    sums, codes, scales, x, source, live, step, in_features, stride, width,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, column blocks): out[row] = min(silu(gate), limit) * clamp(up) of x[row // TOP_K], bf16."""
-    expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
-    if expert >= num_experts:
-        return
-    row = tl.load(rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live, live_n = row >= 0, n < size
-    gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    ups = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    gate, gate_scales = gate + expert * code_stride, gate_scales + expert * scale_stride
-    up, up_scales = up + expert * code_stride, up_scales + expert * scale_stride
-    for first_k in range(0, in_features, BLOCK_K):
-        tile = load_rows(x, row // TOP_K, live, first_k, in_features, BLOCK_K)
-        gates += multiply(tile, gate, gate_scales, n, first_k, padded_k, live_n, BLOCK_K, KIND, GROUP)
-        ups += multiply(tile, up, up_scales, n, first_k, padded_k, live_n, BLOCK_K, KIND, GROUP)
-    activated = gates * tl.sigmoid(gates)
-    if LIMITED:
-        activated = tl.minimum(activated, limit)
-        ups = tl.minimum(tl.maximum(ups, -limit), limit)
-    at = row.to(tl.int64)[:, None] * size + n[None, :]
-    tl.store(out + at, (activated * ups).to(tl.bfloat16), mask=live[:, None] & live_n[None, :])
+    """sums [ROWS, BLOCK_T] plus one step over k: two groups of integers, a block of fp8, 64 columns of bf16.
+
+    codes, scales: where the ROWS rows begin. stride: bytes of a row of tiles (bf16: columns of a row); width: scales
+    of a step (bf16: rows that are left).
+    """
+    row = tl.arange(0, ROWS)
+    if KIND == BF16:
+        k = step * 64 + tl.arange(0, 64)
+        weights = tl.load(
+            codes + row.to(tl.int64)[:, None] * stride + k[None, :],
+            mask=(row < width)[:, None] & (k < stride)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(weights, load_x(x, source, live, step * 64, in_features, 64, EVEN), sums)
+    elif KIND == FP8:
+        part = tl.zeros_like(sums)
+        for i in tl.static_range(4):
+            tile = decode_fp8(load_tiles(codes, step * 4 + i, stride, ROWS), ON_DEVICE)
+            xs = load_x(x, source, live, step * 128 + i * 32, in_features, 32, EVEN)
+            part = tl.dot(fragment(tile, ROWS), xs, part)
+        sums += part * tl.load(scales + step * width + row // 64)[:, None]
+    else:
+        word = tl.load(scales + step * width + row)  # two float16
+        for half in tl.static_range(2):
+            scale = (word >> half * 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            part = tl.zeros_like(sums)
+            first = step * 2 * GROUP + half * GROUP
+            if KIND == INT8:
+                for i in tl.static_range(GROUP // 32):
+                    raw = load_tiles(codes, first // 32 + i, stride, ROWS)
+                    xs = load_x(x, source, live, first + i * 32, in_features, 32, EVEN)
+                    part = tl.dot(fragment(decode_int8(raw, ON_DEVICE), ROWS), xs, part)
+            elif GROUP == 32:
+                low, high = decode_int4(load_tiles(codes, step, stride, ROWS), ON_DEVICE)
+                xs = load_x(x, source, live, first, in_features, 32, EVEN)
+                part = tl.dot(fragment(high if half else low, ROWS), xs, part)
+            else:
+                for i in tl.static_range(GROUP // 64):
+                    low, high = decode_int4(load_tiles(codes, first // 64 + i, stride, ROWS), ON_DEVICE)
+                    xs = load_x(x, source, live, first + i * 64, in_features, 32, EVEN)
+                    part = tl.dot(fragment(low, ROWS), xs, part)
+                    xs = load_x(x, source, live, first + i * 64 + 32, in_features, 32, EVEN)
+                    part = tl.dot(fragment(high, ROWS), xs, part)
+            sums += part * scale[:, None]
+    return sums
+
+
+@triton.jit
+def add_steps(
+    sums, codes, scales, x, source, live, first, last, in_features, stride, width, KIND: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ON_DEVICE: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        sums = add_step(
+            sums, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS, EVEN,
+            ON_DEVICE,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def begin_rows(codes, scales, first_row, size, stride, KIND: tl.constexpr, ROWS: tl.constexpr):
+    """Codes, scales and width (see `add_step`) from row first_row of a matrix of `size` rows."""
+    row_tile = (first_row // 64).to(tl.int64)
+    if KIND == BF16:
+        codes, width = codes + first_row.to(tl.int64) * stride, size - first_row
+    elif KIND == FP8:
+        codes, scales, width = codes + row_tile * stride, scales + row_tile, (size + 63) // 64
+    else:
+        codes, scales, width = codes + row_tile * stride, scales + first_row, (size + 63) // 64 * 64
+    return codes, scales, width
+
+
+# ---- products -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def matmul(
-    x, codes, scales, rows, experts, row_weights, out, out_stride, code_stride, scale_stride, in_features, padded_k,
-    size, num_experts, KIND: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, codes_a, scales_a, codes_b, scales_b, codes_c, scales_c, rows, experts, row_weights, out,
+    size_a, size_b, size_c, expert_codes, expert_scales, num_experts, num_weighted, out_rows, in_features, steps,
+    stride, DENSE: tl.constexpr, SHARED: tl.constexpr, WEIGHTED: tl.constexpr, SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, column blocks): out[row] = x[row] @ weight.T, times row_weights[row], float32."""
-    expert = tl.load(experts + tl.program_id(0)).to(tl.int64)
-    if expert >= num_experts:
-        return
-    row = tl.load(rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live, live_n = row >= 0, n < size
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    codes, scales = codes + expert * code_stride, scales + expert * scale_stride
-    for first_k in range(0, in_features, BLOCK_K):
-        tile = load_rows(x, row, live, first_k, in_features, BLOCK_K)
-        sums += multiply(tile, codes, scales, n, first_k, padded_k, live_n, BLOCK_K, KIND, GROUP)
+    """Grid (row blocks, row tiles of all matrices, SPLITS or 1): products with up to three matrices side by side.
+
+    out [SPLITS or 1, out_rows, size_a + size_b + size_c] float32; with SHARED, b is expert num_experts instead of a
+    second matrix. WEIGHTED: results of the first num_weighted rows times row_weights[row]. DENSE: rows 0 to
+    out_rows - 1 of expert 0; `rows` and `experts` are not read.
+    """
+    block, tile = tl.program_id(0), tl.program_id(1)
+    row = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    if DENSE:
+        expert = tl.zeros([], tl.int64)
+        live = row < out_rows
+    else:
+        expert = tl.load(experts + block).to(tl.int64)
+        if expert > num_experts or (expert == num_experts and not SHARED):
+            return
+        row = tl.load(rows + row)
+        live = row >= 0
+    codes, scales, size, column = codes_a, scales_a, size_a, 0
+    total_size = size_a
+    if SHARED:
+        if expert == num_experts:
+            codes, scales = codes_b, scales_b
+        else:
+            codes, scales = codes_a + expert * expert_codes, scales_a + expert * expert_scales
+    else:
+        codes, scales = codes_a + expert * expert_codes, scales_a + expert * expert_scales
+        total_size = size_a + size_b + size_c
+        tiles_a, tiles_b = (size_a + ROWS - 1) // ROWS, (size_b + ROWS - 1) // ROWS
+        if tile >= tiles_a + tiles_b:
+            tile -= tiles_a + tiles_b
+            codes, scales, size, column = codes_c, scales_c, size_c, size_a + size_b
+        elif tile >= tiles_a:
+            tile -= tiles_a
+            codes, scales, size, column = codes_b, scales_b, size_b, size_a
+    codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
+    sums = tl.zeros([ROWS, BLOCK_T], tl.float32)
+    per_split = (steps + SPLITS - 1) // SPLITS
+    if IS_SPLIT or SPLITS == 1:
+        first = tl.program_id(2) * per_split
+        sums = add_steps(
+            sums, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
+            width, KIND, GROUP, ROWS, EVEN, ON_DEVICE, STAGES, UNROLL,
+        )  # fmt: skip
+    else:
+        for split in range(SPLITS):
+            part = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            first = split * per_split
+            sums += add_steps(
+                part, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
+                width, KIND, GROUP, ROWS, EVEN, ON_DEVICE, STAGES, UNROLL,
+            )  # fmt: skip
     if WEIGHTED:
-        sums = sums * tl.load(row_weights + row, mask=live, other=0.0)[:, None]
-    at = row.to(tl.int64)[:, None] * out_stride + n[None, :]
-    tl.store(out + at, sums, mask=live[:, None] & live_n[None, :])
+        weights = tl.load(row_weights + row, mask=live & (row < num_weighted), other=1.0)
+        sums = sums * weights[None, :]
+    n = tile * ROWS + tl.arange(0, ROWS)
+    at = (tl.program_id(2) * out_rows + row.to(tl.int64))[None, :] * total_size + (column + n)[:, None]
+    tl.store(out + at, sums, mask=live[None, :] & (n < size)[:, None])
 
 
 @triton.jit
-def combine(
-    routed, shared, residual, out, size, TOP_K: tl.constexpr, HAS_SHARED: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+def swiglu(
+    x, gate, gate_scales, up, up_scales, shared_gate, shared_gate_scales, shared_up, shared_up_scales, rows, experts,
+    out, size, expert_codes, expert_scales, num_experts, num_routed, limit, shared_limit, in_features, steps, stride,
+    TOP_K: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_tokens, column blocks): the token's TOP_K routed rows in order, shared expert, residual."""
+    """Grid (row blocks, row tiles): out[row] = min(silu(gate), limit) * clamp(up) of a row of x, bf16.
+
+    The row of x is row // TOP_K below num_routed, from there on row - num_routed: with SHARED, expert num_experts is
+    the shared one. DENSE as in `matmul`, with num_routed rows.
+    """
+    block, tile = tl.program_id(0), tl.program_id(1)
+    row = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    if DENSE:
+        expert = tl.zeros([], tl.int64)
+        live = row < num_routed
+    else:
+        expert = tl.load(experts + block).to(tl.int64)
+        if expert > num_experts or (expert == num_experts and not SHARED):
+            return
+        row = tl.load(rows + row)
+        live = row >= 0
+    source = tl.where(row < num_routed, row // TOP_K, row - num_routed)
+    codes, scales = gate + expert * expert_codes, gate_scales + expert * expert_scales
+    other_codes, other_scales = up + expert * expert_codes, up_scales + expert * expert_scales
+    if SHARED:  # noqa: SIM102 (known when it is compiled; what is inside is not)
+        if expert == num_experts:
+            codes, scales, other_codes, other_scales = (
+                shared_gate,
+                shared_gate_scales,
+                shared_up,
+                shared_up_scales,
+            )
+            limit = shared_limit
+    codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
+    other_codes, other_scales, _ = begin_rows(
+        other_codes, other_scales, tile * ROWS, size, stride, KIND, ROWS
+    )
+    gates = tl.zeros([ROWS, BLOCK_T], tl.float32)
+    ups = tl.zeros([ROWS, BLOCK_T], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        gates = add_step(
+            gates, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS, EVEN,
+            ON_DEVICE,
+        )  # fmt: skip
+        ups = add_step(
+            ups, other_codes, other_scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS,
+            EVEN, ON_DEVICE,
+        )  # fmt: skip
+    activated = tl.minimum(gates * tl.sigmoid(gates), limit, propagate_nan=tl.PropagateNan.ALL)
+    ups = tl.minimum(ups, limit, propagate_nan=tl.PropagateNan.ALL)
+    ups = tl.maximum(ups, -limit, propagate_nan=tl.PropagateNan.ALL)
+    n = tile * ROWS + tl.arange(0, ROWS)
+    at = row.to(tl.int64)[None, :] * size + n[:, None]
+    tl.store(out + at, (activated * ups).to(tl.bfloat16), mask=live[None, :] & (n < size)[:, None])
+
+
+# ---- what follows them --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish(
+    parts, residual, out, num_tokens, size, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (num_tokens, column blocks): parts [SPLITS, num_tokens, size] in order, plus the residual."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(TOP_K):
-        total += tl.load(routed + (token * TOP_K + choice) * size + column, mask=inside, other=0.0)
-    if HAS_SHARED:
-        total += tl.load(shared + token * size + column, mask=inside, other=0.0)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + (split * num_tokens + token) * size + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         total += tl.load(residual + token * size + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def combine(
+    routed, parts, residual, out, num_tokens, size, TOP_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (num_tokens, column blocks): the token's TOP_K routed rows in order, the shared expert, the residual.
+
+    routed [num_tokens * TOP_K, size]; parts [PARTS, num_tokens, size], of the shared expert; float32.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        total += tl.load(routed + (token * TOP_K + choice) * size + column, mask=inside, other=0.0)
+    if PARTS:
+        dense = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            dense += tl.load(parts + (part * num_tokens + token) * size + column, mask=inside, other=0.0)
+        total += dense
+    if HAS_RESIDUAL:
+        total += tl.load(residual + token * size + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated(x, gate, out, num_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid (num_tokens, num_heads): x [num_tokens, num_heads, HEAD_DIM] times sigmoid(gate), one for each head."""
+    row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
+    dim = tl.arange(0, BLOCK_D)
+    inside = dim < HEAD_DIM
+    wide = tl.load(x + row * HEAD_DIM + dim, mask=inside, other=0.0).to(tl.float32)
+    wide = wide * tl.sigmoid(tl.load(gate + row).to(tl.float32))
+    tl.store(out + row * HEAD_DIM + dim, wide.to(out.dtype.element_ty), mask=inside)

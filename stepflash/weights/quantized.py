@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepflash.errors import ConfigError
-from stepflash.kernels import ops
+from stepflash.kernels import cuda_layout, ops
 from stepflash.kernels.formats import Format, packed_bytes, parse_format
 from stepflash.model.attention import Attend, Attention
 from stepflash.model.block import DecoderLayer
@@ -51,6 +51,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.fmt = fmt
         self.shape = shape
+        self.is_tiled = False
         size = (*shape[:-2], packed_bytes(fmt, *shape[-2:]))
         packed = ops.advise_huge_pages(torch.empty(size, dtype=torch.uint8))
         flat, done = packed.view(-1), 0
@@ -59,6 +60,17 @@ class PackedWeight(nn.Module):
             done += piece.numel()
         assert done == flat.numel(), f"{done} packed bytes for {size}"
         self.register_buffer("packed", packed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves; on a CUDA device the bytes lie as the kernels there want them (`kernels/cuda_layout.py`)."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.packed.device.type == "meta" or self.is_tiled == ops.wants_tiles(self.packed.device):
+            return self
+        n, k = self.shape[-2:]
+        arrange = cuda_layout.to_panels if self.is_tiled else cuda_layout.from_panels
+        self.packed = arrange(self.packed, self.fmt, n, k)
+        self.is_tiled = not self.is_tiled
+        return self
 
     @property
     def out_features(self) -> int:

@@ -81,5 +81,5 @@ def test_the_checks_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *args: right(*args) * 1.01)
     found = check(SMALL, [Format.BF16], "cpu")
-    assert len(found) == 3
+    assert len(found) == 4
     assert all("q_proj bf16" in sentence for sentence in found)

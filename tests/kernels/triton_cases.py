@@ -14,15 +14,16 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from stepflash.engine.core import EngineConfig, EngineCore
-from stepflash.kernels import cuda, ops, reference
+from stepflash.kernels import cuda, cuda_layout, ops, reference
 from stepflash.kernels.formats import Format, unpack
 from stepflash.weights.load import load_model
+from stepflash.weights.quantized import PackedWeight
 from tests.engine.conftest import MICRO, drive, request
 
 from .conftest import random_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNEL_FORMATS = [f for f in Format if f not in (Format.Q4_K, Format.Q6_K)]
+KERNEL_FORMATS = [f for f in Format if cuda_layout.is_supported(f)]
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -113,6 +114,21 @@ def test_qk_norm_rope_of_a_fused_projection(half: int) -> None:
 # ---- packed weights ----------------------------------------------------------------------------------------
 
 
+def tiled(packed: Tensor, fmt: int, n: int, k: int) -> Tensor:
+    """As the kernels of a device take it."""
+    return cuda_layout.from_panels(packed, Format(fmt), n, k).to(DEVICE)
+
+
+def tiled_moe(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `moe` with its weights as the kernels of a device take them."""
+    hidden, fmt = case["x"].shape[1], case["shared_formats"][0]
+    shapes = [(case["shared_size"], hidden)] * 2 + [(hidden, case["shared_size"])]
+    return case | {
+        part: [tiled(w, fmt, *shape) for w, shape in zip(case[part], shapes, strict=False)]
+        for part in ("experts", "shared")
+    }
+
+
 def exact_linear(x: Tensor, packed: Tensor, fmt: Format, n: int) -> Tensor:
     """bf16 activations times the values that the packed weight stands for, in float64."""
     return x.bfloat16().double() @ unpack(packed, fmt, n, x.shape[-1]).double().T
@@ -123,7 +139,8 @@ def exact_linear(x: Tensor, packed: Tensor, fmt: Format, n: int) -> Tensor:
 def test_linear_in_every_format(fmt: Format, n: int, k: int) -> None:
     x, residual = randn(3, k), randn(3, n + 8)
     packed = [random_packed(fmt, rows, k, seed=rows).to(DEVICE) for rows in (n, 8)]
-    out = cuda.linear(x, packed, [fmt, fmt], [n, 8], residual=residual)
+    tiles = [tiled(p, fmt, rows, k) for p, rows in zip(packed, (n, 8), strict=True)]
+    out = cuda.linear(x, tiles, [fmt, fmt], [n, 8], residual=residual)
     exact = torch.cat([exact_linear(x, p, fmt, rows) for p, rows in zip(packed, (n, 8), strict=True)], 1)
     torch.testing.assert_close(out.double(), exact + residual, rtol=1e-5, atol=1e-5)
 
@@ -131,9 +148,10 @@ def test_linear_in_every_format(fmt: Format, n: int, k: int) -> None:
 def test_linear_with_norm_gate_and_dtype() -> None:
     x, norm, gate = randn(3, 64, dtype=torch.bfloat16), randn(64), randn(3, 4, dtype=torch.bfloat16)
     packed = [random_packed(Format.BF16, 32, 64).to(DEVICE)]
-    args = (x, packed, [0], [32], norm, 1e-5, gate, None, torch.float32)
+    args = ([0], [32], norm, 1e-5, gate, None, torch.float32)
+    actual = cuda.linear(x, [tiled(packed[0], 0, 32, 64)], *args)
     # One more rounding to bf16 may fall either way.
-    torch.testing.assert_close(cuda.linear(*args), reference.linear(*args), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(actual, reference.linear(x, packed, *args), rtol=2e-2, atol=2e-2)
 
 
 def test_every_byte_code_of_fp8() -> None:
@@ -142,7 +160,7 @@ def test_every_byte_code_of_fp8() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[codes & 0x7F == 0x7F] = 0  # NaN
     weight = codes.view(2, 128).repeat(16, 1).view(torch.float8_e4m3fn)
-    packed = pack_fp8(weight, torch.full((1, 1), 0.5)).to(DEVICE)
+    packed = tiled(pack_fp8(weight, torch.full((1, 1), 0.5)), Format.FP8, 32, 128)
     out = cuda.linear(torch.eye(128, device=DEVICE), [packed], [Format.FP8], [32])
     torch.testing.assert_close(out.cpu(), weight.float().T * 0.5, rtol=0, atol=0)
 
@@ -172,12 +190,12 @@ def moe_case(fmt: Format, num_tokens: int, dtype: torch.dtype = torch.bfloat16) 
 )
 def test_moe(fmt: Format, tolerance: float) -> None:
     case = moe_case(fmt, 9, torch.float32)
-    actual, expected = cuda.moe(**case), reference.moe(**case)  # type: ignore[arg-type]
+    actual, expected = cuda.moe(**tiled_moe(case)), reference.moe(**case)  # type: ignore[arg-type]
     error = (actual - expected).norm() / (expected - case["residual"]).norm()  # type: ignore[operator]
     assert error < tolerance
     unclamped = reference.moe(**case | {"limit": None, "shared_limit": None})  # type: ignore[arg-type]
     assert (unclamped - expected).abs().max() > 0.1  # the limits do matter here
-    actual = cuda.moe(**case | {"limit": None, "shared_limit": None})  # type: ignore[arg-type]
+    actual = cuda.moe(**tiled_moe(case) | {"limit": None, "shared_limit": None})  # type: ignore[arg-type]
     assert (actual - unclamped).norm() / (unclamped - case["residual"]).norm() < tolerance  # type: ignore[operator]
 
 
@@ -188,7 +206,7 @@ def test_moe_of_replayed_routes_and_parts_alone() -> None:
     for parts in ({}, {"shared": []}, {"experts": [], "norm_weight": None}):
         some = case | parts
         torch.testing.assert_close(
-            cuda.moe(**some).float(),
+            cuda.moe(**tiled_moe(some)).float(),
             reference.moe(**some).float(),
             rtol=1e-2,
             atol=1e-2,  # type: ignore[arg-type]
@@ -197,10 +215,10 @@ def test_moe_of_replayed_routes_and_parts_alone() -> None:
 
 def test_a_token_gets_the_same_bits_in_any_batch() -> None:
     case = moe_case(Format.BF16, 40)
-    together = cuda.moe(**case)  # type: ignore[arg-type]
+    together = cuda.moe(**tiled_moe(case))  # type: ignore[arg-type]
     for t in (0, 17, 39):
         alone = case | {name: case[name][t : t + 1] for name in ("x", "residual")}  # type: ignore[index]
-        assert torch.equal(cuda.moe(**alone)[0], together[t])  # type: ignore[arg-type]
+        assert torch.equal(cuda.moe(**tiled_moe(alone))[0], together[t])  # type: ignore[arg-type]
 
 
 def test_gguf_formats_take_the_reference() -> None:
@@ -217,7 +235,9 @@ def test_qkv_gate() -> None:
     args = (
         randn(3, 64), randn(64), packed, formats, 4, 2, 16, randn(16), randn(16), 1e-5, angle.cos(), angle.sin(),
     )  # fmt: skip
-    for actual, expected in zip(cuda.qkv_gate(*args), reference.qkv_gate(*args), strict=True):
+    own = list(args)
+    own[2] = [tiled(p, 0, n, 64) for p, n in zip(packed, sizes, strict=True)]
+    for actual, expected in zip(cuda.qkv_gate(*own), reference.qkv_gate(*args), strict=True):
         assert actual.shape == expected.shape
         assert actual.is_contiguous()
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
@@ -347,20 +367,44 @@ def test_cached_attention_writes_first() -> None:
 # ---- the engine --------------------------------------------------------------------------------------------
 
 
+def rearranged(model: torch.nn.Module) -> dict[int, Tensor]:
+    """Gives every packed weight of a model to the kernels of a device; what the references take, by id of those."""
+    model.to(DEVICE)
+    panels = {}
+    for weight in [module for module in model.modules() if isinstance(module, PackedWeight)]:
+        n, k = weight.shape[-2:]
+        if not weight.is_tiled:
+            weight.packed = cuda_layout.from_panels(weight.packed, weight.fmt, n, k)
+        panels[id(weight.packed)] = cuda_layout.to_panels(weight.packed, weight.fmt, n, k)
+    for module in model.modules():
+        if hasattr(module, "_gather"):
+            module._gather()
+    return panels
+
+
 @pytest.mark.slow
 def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests in one batch, in chunks, with drafts; every call is made twice, caches and all."""
     calls = dict.fromkeys(("rms_norm", "linear", "moe", "qkv_gate", "cached_attention"), 0)
+    model = load_model(MICRO, "float32", "cpu", progress=False, quantization="bf16")
+    panels: dict[int, Tensor] = {}
 
     def compared(name: str) -> Any:
-        plain, kernel = getattr(ops, name), getattr(cuda, name)
+        plain, kernel = getattr(reference, name), getattr(cuda, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             own = list(args)
             if name == "cached_attention":
                 own[3:5] = args[3].clone(), args[4].clone()
-            actual, expected = kernel(*own, **kwargs), plain(*args, **kwargs)
+            stored = [
+                panels.get(id(x), x) if not isinstance(x, list) else [panels.get(id(y), y) for y in x]
+                for x in args
+            ]
+            named = {
+                k: [panels.get(id(y), y) for y in x] if isinstance(x, list) else x for k, x in kwargs.items()
+            }
+            actual, expected = kernel(*own, **kwargs), plain(*stored, **named)
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
             if name == "cached_attention":
                 torch.testing.assert_close(own[3:5], list(args[3:5]), rtol=0, atol=0)
@@ -370,7 +414,7 @@ def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) ->
 
     for name in calls:
         monkeypatch.setattr(ops, name, compared(name))
-    model = load_model(MICRO, "float32", DEVICE, progress=False, quantization="bf16")
+    panels |= rearranged(model)  # modules take hold of the ops as they now are
     config = EngineConfig(
         max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, kv_cache_bytes=1 << 20, block_size=8
     )
@@ -384,10 +428,9 @@ def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) ->
 def test_tokens_differ_only_where_logits_nearly_tie(
     monkeypatch: pytest.MonkeyPatch, quantization: str | None, close: float
 ) -> None:
-    """A whole run on the kernels, one on what `ops` is here. In float32 logits differ by 3e-5 where the best two are
+    """A whole run on the kernels, one on the references. In float32 logits differ by 3e-5 where the best two are
     0.02 apart and more, so the tokens are the same. Packed weights take activations that are rounded to bf16: mostly
     1e-6, but where a rounding flips 0.03 to 0.6, beside gaps of 0.08; then a token may be the other of the two."""
-    model = load_model(MICRO, "float32", DEVICE, progress=False, quantization=quantization)
     config = EngineConfig(
         max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, kv_cache_bytes=1 << 20, block_size=8
     )
@@ -398,17 +441,13 @@ def test_tokens_differ_only_where_logits_nearly_tie(
     seen: list[dict[tuple[int, int], Tensor]] = []
     tokens = []
     for is_kernels in (False, True):
+        for name in (
+            "rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope", "qkv_gate", "cached_attention",
+        ):  # fmt: skip
+            monkeypatch.setattr(ops, name, getattr(cuda if is_kernels else reference, name))
+        model = load_model(MICRO, "float32", "cpu", progress=False, quantization=quantization)
         if is_kernels:
-            for name in (
-                "rms_norm",
-                "add_rms_norm",
-                "linear",
-                "moe",
-                "qk_norm_rope",
-                "qkv_gate",
-                "cached_attention",
-            ):
-                monkeypatch.setattr(ops, name, getattr(cuda, name))
+            rearranged(model)
         core = EngineCore(model, config)
         choose, logits_of = core.sampler.choose, {}
 
@@ -416,7 +455,7 @@ def test_tokens_differ_only_where_logits_nearly_tie(
             logits: Tensor, rows: Any, *rest: Any, choose: Any = choose, logits_of: Any = logits_of
         ) -> Any:
             logits_of.update(
-                {(r.state.seed, r.position): x.clone() for r, x in zip(rows, logits, strict=True)}
+                {(r.state.seed, r.position): x.cpu().clone() for r, x in zip(rows, logits, strict=True)}
             )
             return choose(logits, rows, *rest)
 

@@ -5,7 +5,9 @@ Run by test_cuda.py in a process of its own: `python -m tests.kernels.triton_com
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,13 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stepflash.kernels import cuda, triton_attention, triton_matmul, triton_norm
-from stepflash.kernels.formats import Format, packed_bytes
+from stepflash.kernels import cuda, cuda_layout, triton_attention, triton_matmul, triton_norm, triton_router
+from stepflash.kernels.formats import Format
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
     torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
+
+DUMP = Path(folder) if (folder := os.environ.get("STEPFLASH_CUBINS")) else None  # where the machine code goes
 
 
 class Compiler:
@@ -44,17 +48,37 @@ class Compiler:
                 signature[p.name] = _TYPES[value.dtype]
             else:
                 signature[p.name] = "fp32" if isinstance(value, float) else "i32"
-        key = f"{self.kernel.__name__} {signature} {constants}"
+        # As the launcher: addresses and sizes that are multiples of 16 are taken to be so.
+        hints = {
+            (i,): [["tt.divisibility", 16]]
+            for i, p in enumerate(self.kernel.params)
+            if p.name not in constants
+            and (
+                isinstance(given[p.name], torch.Tensor)
+                or (type(given[p.name]) is int and given[p.name] % 16 == 0)
+            )
+        }
+        key = f"{self.kernel.__name__} {signature} {constants} {hints}"
         if key not in self.seen:
             options = {name: value for name, value in kwargs.items() if name not in names}
-            source = ASTSource(self.kernel, signature, constants)
+            source = ASTSource(self.kernel, signature, constants, hints)
             compiled = triton.compile(source, target=self.target, options=options)
             self.seen[key] = compiled.asm["ptx"]
-            print(self.kernel.__name__, f"shared memory {compiled.metadata.shared} B", constants, flush=True)
+            if DUMP:
+                (DUMP / f"{self.kernel.__name__}.{len(self.seen)}.cubin").write_bytes(compiled.asm["cubin"])
+            print(
+                len(self.seen),
+                self.kernel.__name__,
+                f"shared memory {compiled.metadata.shared} B",
+                constants,
+                flush=True,
+            )
 
 
 def packed(fmt: Format, n: int, k: int, experts: int = 0) -> torch.Tensor:
-    return torch.empty((*((experts,) if experts else ()), packed_bytes(fmt, n, k)), dtype=torch.uint8)
+    return torch.empty(
+        (*((experts,) if experts else ()), cuda_layout.num_bytes(fmt, n, k)), dtype=torch.uint8
+    )
 
 
 def main(capability: int) -> None:
@@ -62,23 +86,46 @@ def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     kernels: list[tuple[ModuleType, list[str]]] = [
         (triton_attention, ["attend", "merge_splits", "write_slots"]),
-        (triton_norm, ["rms_norm", "norm_rope"]),
-        (triton_matmul, ["swiglu", "matmul", "combine"]),
+        (triton_norm, ["rms_norm", "norm_rope", "finish_heads"]),
+        (triton_matmul, ["matmul", "swiglu", "combine", "finish", "gated"]),
+        (triton_router, ["router_logits", "choose_experts", "group_rows"]),
     ]
     for module, names in kernels:
         for name in names:
             setattr(module, name, Compiler(getattr(module, name), target, seen))
 
-    x, norm = torch.zeros(2, 4096, dtype=torch.bfloat16), torch.zeros(4096)
-    cuda.add_rms_norm(x, x, norm, 1e-5)
-    for fmt in (Format.BF16, Format.FP8, Format.INT8_G128, Format.INT4_G32):
-        shapes = [(64, 4096), (64, 4096), (4096, 64)]
-        weights, codes = [packed(fmt, *shape, experts=2) for shape in shapes], [int(fmt)] * 3
-        ids = torch.tensor([[0, 1], [1, 0]])
-        cuda.moe(
-            x, norm, 1e-5, None, None, 2, 3.0, weights, codes, 2, 64, 7.0, [w[0] for w in weights], codes, 64,
-            None, ids, torch.ones(2, 2), x,
-        )  # fmt: skip
+    for num_tokens in (1, 4, 16, 32, 512):
+        x, norm = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16), torch.zeros(4096)
+        cuda.add_rms_norm(x, x, norm, 1e-5)
+        for fmt in (Format.BF16, Format.FP8, Format.INT8_G128, Format.INT4_G32, Format.INT4_G128):
+            shapes = [(1280, 4096), (1280, 4096), (4096, 1280)]
+            weights, codes = [packed(fmt, *shape, experts=2) for shape in shapes], [int(fmt)] * 3
+            router = torch.zeros(288, 4096), torch.zeros(288)
+            shared = [w[0] for w in weights]
+            # Many rows are sorted by what is not compiled here: it wants to see experts.
+            ids = torch.arange(num_tokens * 8).view(-1, 8) % 2 if num_tokens > 64 else None
+            cuda.moe(
+                x, norm, 1e-5, *router, 8, 3.0, weights, codes, 288, 1280, 7.0, shared, codes, 1280, None, ids,
+                None if ids is None else ids.float(), x,
+            )  # fmt: skip
+            heads = [packed(fmt, n, 4096) for n in (8192, 1024, 1024)] + [packed(Format.BF16, 64, 4096)]
+            angle = torch.zeros(num_tokens, 32)
+            cuda.qkv_gate(
+                x,
+                norm,
+                heads,
+                [int(fmt)] * 3 + [0],
+                64,
+                8,
+                128,
+                torch.zeros(128),
+                torch.zeros(128),
+                1e-5,
+                angle,
+                angle,
+            )
+            wide, gate = torch.zeros(num_tokens, 8192, dtype=torch.bfloat16), torch.zeros(num_tokens, 64)
+            cuda.linear(wide, [packed(fmt, 4096, 8192)], [int(fmt)], [4096], gate=gate, residual=x)
     for heads, half, window in ((64, 32, 0), (96, 64, 512)):
         q, k = torch.zeros(2, heads, 128, dtype=torch.bfloat16), torch.zeros(2, 8, 128, dtype=torch.bfloat16)
         angle = torch.zeros(2, half)

@@ -1,0 +1,126 @@
+"""Products with packed weights on CUDA devices: the launches of `triton_matmul.py`.
+
+Nothing here waits for the device. How many programs share the columns of a weight depends on its shape alone, so a
+token's sums have one order whatever else is in the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from stepflash.kernels import cuda_layout, triton_matmul
+from stepflash.kernels.formats import Format
+
+ON_DEVICE = not triton.knobs.runtime.interpret
+WANTED_PROGRAMS = 256  # two for each multiprocessor of a large card
+MIN_SPLIT_COLUMNS = 512
+MAX_SPLITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Weights of a format and shape as the kernels take them: views of the codes and scales, and their sizes."""
+
+    codes: Tensor
+    scales: Tensor
+    expert_codes: int  # elements from one expert's to the next
+    expert_scales: int
+    steps: int
+    stride: int
+    constants: dict[str, Any]
+
+
+def view(packed: Tensor, fmt: Format, n: int, k: int) -> Packed:
+    """Of uint8 [num_bytes] or [num_experts, num_bytes] as `cuda_layout` has them."""
+    columns, constants = _constants(fmt, k)
+    if fmt == Format.BF16:
+        codes = packed.view(torch.bfloat16)
+        return Packed(codes, codes, n * columns, 0, -(-columns // 64), columns, constants)
+    end, size = cuda_layout.num_code_bytes(fmt, n, k), packed.shape[-1]
+    scales = packed.view(-1)[end:].view(torch.float32 if fmt == Format.FP8 else torch.int32)
+    step = 128 if fmt == Format.FP8 else 2 * fmt.group
+    stride = columns * cuda_layout.ROWS // (2 if fmt.is_int4 else 1)
+    return Packed(packed, scales, size, size // 4, columns // step, stride, constants)
+
+
+@cache
+def _constants(fmt: Format, k: int) -> tuple[int, dict[str, Any]]:
+    """Padded columns, and what the kernels are compiled for."""
+    kind = 0 if fmt == Format.BF16 else 1 if fmt == Format.FP8 else 3 if fmt.is_int4 else 2
+    constants = {"KIND": kind, "GROUP": fmt.group, "EVEN": k % _step(fmt) == 0, "ON_DEVICE": ON_DEVICE}
+    return cuda_layout.padded(fmt, 1, k)[1], constants
+
+
+def _step(fmt: Format) -> int:
+    """Columns of a step of the loop over k."""
+    return 64 if fmt == Format.BF16 else 128 if fmt == Format.FP8 else 2 * fmt.group
+
+
+def num_splits(n: int, k: int) -> int:
+    """Programs that share a row's columns."""
+    row_tiles = -(-n // cuda_layout.ROWS)
+    return max(1, min(-(-WANTED_PROGRAMS // row_tiles), k // MIN_SPLIT_COLUMNS, MAX_SPLITS))
+
+
+def block_t_of(num_rows: int) -> int:
+    """Tokens of a program: the short side of the matrix unit, or enough to pay for decoding the weights."""
+    return 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 512 else 128
+
+
+def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) -> dict[str, int]:
+    """Rows and tokens of a program's tile for [n, k] weights (or a pair of them), and how far it reads ahead."""
+    rows = 128 if block_t >= 64 and not is_pair and -(-n // cuda_layout.ROWS) % 2 == 0 else 64
+    few = block_t <= 32 and fmt != Format.BF16
+    unroll = max(1, gcd(k // _step(fmt), 256 // _step(fmt))) if few else 1
+    return {
+        "ROWS": rows, "BLOCK_T": block_t, "num_warps": rows // 16, "UNROLL": unroll,
+        "STAGES": 5 if fmt == Format.BF16 and block_t <= 32 else 4 if few and not is_pair else 3,
+    }  # fmt: skip
+
+
+def matmul(x: Tensor, weights: Sequence[tuple[Tensor, Format, int]], splits: int) -> Tensor:
+    """x [num_tokens, k] times up to three weights of one format side by side: [parts, num_tokens, sum of n] float32.
+
+    Each weight is (packed, format, n). The result is the sum over the parts, in order: `splits` of them for few
+    tokens, else one that was added up in the same order.
+    """
+    fmt, k = weights[0][1], x.shape[1]
+    sizes = [n for _, _, n in weights] + [0] * (3 - len(weights))
+    views = [view(packed, fmt, n, k) for packed, _, n in weights]
+    first = views[0]
+    views += [first] * (3 - len(views))
+    block_t = block_t_of(x.shape[0])
+    tile = tile_of(fmt, min(n for n in sizes if n), k, block_t)
+    row_tiles = sum(-(-n // tile["ROWS"]) for n in sizes)
+    is_split = splits > 1 and block_t <= 32
+    out = torch.empty(
+        (splits if is_split else 1, x.shape[0], sum(sizes)), dtype=torch.float32, device=x.device
+    )
+    triton_matmul.matmul[(-(-x.shape[0] // block_t), row_tiles, splits if is_split else 1)](
+        x, first.codes, first.scales, views[1].codes, views[1].scales, views[2].codes, views[2].scales, out, out,
+        out, out, *sizes, 0, 0, 1, 0, x.shape[0], k, first.steps, first.stride, DENSE=True, SHARED=False,
+        WEIGHTED=False, SPLITS=splits, IS_SPLIT=is_split, **tile, **first.constants,
+    )  # fmt: skip
+    return out
+
+
+def finish(parts: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum over parts [parts, num_tokens, size] in order, plus the residual, rounded once."""
+    splits, num_tokens, size = parts.shape
+    if splits == 1 and residual is None and dtype == torch.float32:
+        return parts[0]
+    out = torch.empty((num_tokens, size), dtype=dtype, device=parts.device)
+    block = 1024
+    triton_matmul.finish[(num_tokens, -(-size // block))](
+        parts, out if residual is None else residual, out, num_tokens, size, SPLITS=splits,
+        HAS_RESIDUAL=residual is not None, BLOCK=block,
+    )  # fmt: skip
+    return out
