@@ -95,8 +95,8 @@ struct Packed {
 };
 
 // out[t][row] = sum over k < read_k of panel[row][k] * token[t][k], for 1 <= num_tokens <= MAX_TILE; bitwise the
-// same for a token whatever its companions are.
-using Tile = void (*)(const uint8_t* panel, int64_t read_k, const Record& record, const uint8_t* const* tokens,
+// same for a token whatever its companions are. ahead: how far ahead to ask memory for weights, see tiles.h.
+using Tile = void (*)(const uint8_t* panel, int64_t ahead, int64_t read_k, const Record& record, const uint8_t* const* tokens,
                       int num_tokens, float* out);
 
 }  // namespace stepflash

@@ -92,7 +92,9 @@ void linear(Team& team, const LinearArgs& args, uint8_t* scratch) {
         const Record& record = plan.records.layouts[plan.kind_of[w]];
         for (int i = 0; i < m; ++i) tokens[i] = base + plan.records.offsets[plan.kind_of[w]] + (t + i) * record.bytes;
         const int64_t panel = p - plan.first_panel[w], row0 = panel * PANEL;
-        TILES[weight.format](weight.panel(panel), read_k(weight.format, args.k), record, tokens, m, out);
+        const int64_t k = read_k(weight.format, args.k);
+        const uint8_t* next = p + 1 < plan.first_panel[w + 1] || w + 1 == args.num_weights ? weight.panel(panel + 1) : args.weights[w + 1].data;
+        TILES[weight.format](weight.panel(panel), bytes_ahead(k, weight.panel(panel), next), k, record, tokens, m, out);
         const int64_t rows = weight.n - row0 < PANEL ? weight.n - row0 : PANEL;
         for (int i = 0; i < m; ++i) store_row(args.outs[w], args.residuals[w], t + i, row0, rows, out + i * PANEL);
       }

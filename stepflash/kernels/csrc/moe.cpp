@@ -86,11 +86,14 @@ struct Expert {
     chunks = (read_k(down.format, down.k) + chunk - 1) / chunk;
   }
 
-  // Hidden units [index * chunk, ...) of expert e for a list of tokens, written into their hidden records.
-  void gate_up(int64_t e, int64_t index, const uint8_t* const* tokens, uint8_t* const* hidden_records, int64_t count) const {
+  const uint8_t* gate_panel(int64_t e, int64_t index) const { return gate.data + e * gate.bytes() + index * chunk / PANEL * gate.panel_stride; }
+  const uint8_t* down_panel(int64_t e, int64_t panel) const { return down.data + e * down.bytes() + panel * down.panel_stride; }
+
+  // Hidden units [index * chunk, ...) of expert e for a list of tokens, written into their hidden records. next_gate is read after that.
+  void gate_up(int64_t e, int64_t index, const uint8_t* const* tokens, uint8_t* const* hidden_records, int64_t count, const uint8_t* next_gate) const {
     const int64_t begin = index * chunk, end = std::min(begin + chunk, read_k(down.format, down.k));
     const int64_t k = read_k(gate.format, gate.k);
-    const uint8_t *gates = gate.data + e * gate.bytes(), *ups = up.data + e * up.bytes();
+    const uint8_t *gates = gate_panel(e, 0), *ups = up.data + e * up.bytes(), *first_up = ups + begin / PANEL * up.panel_stride;
     // Beyond the last hidden unit lies the padding of down's k.
     const int64_t last = std::max(begin, std::min(end, gate.panels() * PANEL));
     float tile[MAX_TILE * PANEL], h[MAX_TILE][128];
@@ -98,11 +101,13 @@ struct Expert {
       const int m = tile_tokens(count - t);
       // All gate rows, then all up rows: two long streams of memory.
       for (int64_t row = begin; row < last; row += PANEL) {
-        TILES[gate.format](gates + row / PANEL * gate.panel_stride, k, in, tokens + t, m, tile);
+        const uint8_t *panel = gates + row / PANEL * gate.panel_stride, *next = row + PANEL < last ? panel + gate.panel_stride : first_up;
+        TILES[gate.format](panel, bytes_ahead(k, panel, next), k, in, tokens + t, m, tile);
         for (int i = 0; i < m; ++i) std::memcpy(h[i] + row - begin, tile + i * PANEL, PANEL * 4);
       }
       for (int64_t row = begin; row < last; row += PANEL) {
-        TILES[up.format](ups + row / PANEL * up.panel_stride, k, in, tokens + t, m, tile);
+        const uint8_t *panel = ups + row / PANEL * up.panel_stride, *next = row + PANEL < last ? panel + up.panel_stride : next_gate;
+        TILES[up.format](panel, bytes_ahead(k, panel, next), k, in, tokens + t, m, tile);
         for (int i = 0; i < m; ++i) swiglu(h[i] + row - begin, tile + i * PANEL, limit, h[i] + row - begin, PANEL);
       }
       for (int i = 0; i < m && last < end; ++i) std::memset(h[i] + last - begin, 0, (end - last) * 4);
@@ -119,23 +124,24 @@ struct Expert {
     for (int64_t t = 0; t < count;) {
       const int m = tile_tokens(count - t);
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        TILES[down.format](down.data + e * down.bytes() + p * down.panel_stride, k, hidden, hidden_records + t, m, tile);
+        const uint8_t* panel = down_panel(e, p);
+        TILES[down.format](panel, bytes_ahead(k, panel, panel + down.panel_stride), k, hidden, hidden_records + t, m, tile);
         for (int i = 0; i < m; ++i) std::memcpy(outputs + (t + i) * stride + p * PANEL, tile + i * PANEL, PANEL * 4);
       }
       t += m;
     }
   }
 
-  // sums[token][rows of the panels] += weight * down(hidden) for a list of tokens.
+  // sums[token][rows of the panels] += weight * down(hidden) for a list of tokens; `next` is read after that.
   void add_down(int64_t e, int64_t panel_begin, int64_t panel_end, const uint8_t* const* hidden_records,
-                const int32_t* token_ids, const float* weights, int64_t count, float* sums, int64_t stride) const {
-    const uint8_t* downs = down.data + e * down.bytes();
+                const int32_t* token_ids, const float* weights, int64_t count, float* sums, int64_t stride, const uint8_t* next) const {
     const int64_t k = read_k(down.format, down.k);
     float out[MAX_TILE * PANEL];
     for (int64_t t = 0; t < count;) {
       const int m = tile_tokens(count - t);
       for (int64_t p = panel_begin; p < panel_end; ++p) {
-        TILES[down.format](downs + p * down.panel_stride, k, hidden, hidden_records + t, m, out);
+        const uint8_t* panel = down_panel(e, p);
+        TILES[down.format](panel, bytes_ahead(k, panel, p + 1 < panel_end ? down_panel(e, p + 1) : next), k, hidden, hidden_records + t, m, out);
         for (int i = 0; i < m; ++i) {
           float* sum = sums + (token_ids ? token_ids[t + i] : t + i) * stride + p * PANEL;
           const vf w = set1(weights ? weights[t + i] : 1.0f);
@@ -290,13 +296,17 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
   team.share(shared_items + most_active * p.routed.chunks, [&](int64_t item) {
     get_ready();
     if (item < shared_items) {
-      p.shared.gate_up(0, item, inputs + p.slots, hidden_records + p.slots, p.tokens);
+      const bool is_last = item + 1 == shared_items && *num_active > 0;
+      const uint8_t* next = is_last ? p.routed.gate_panel(active[0], 0) : p.shared.gate_panel(0, item + 1);
+      p.shared.gate_up(0, item, inputs + p.slots, hidden_records + p.slots, p.tokens, next);
       return;
     }
-    const int64_t a = (item - shared_items) / p.routed.chunks;
+    const int64_t a = (item - shared_items) / p.routed.chunks, index = (item - shared_items) % p.routed.chunks;
     if (a >= *num_active) return;
     const int64_t e = active[a], first = start[e];
-    p.routed.gate_up(e, (item - shared_items) % p.routed.chunks, inputs + first, hidden_records + first, start[e + 1] - first);
+    const bool is_last = index + 1 == p.routed.chunks && a + 1 < *num_active;
+    const uint8_t* next = is_last ? p.routed.gate_panel(active[a + 1], 0) : p.routed.gate_panel(e, index + 1);
+    p.routed.gate_up(e, index, inputs + first, hidden_records + first, start[e + 1] - first, next);
   }, p.is_small);
   const int64_t panels = num_panels(p.hidden), fair = panels / (4 * args.num_threads);
   const int64_t per_item = fair < 1 ? 1 : fair > 4 ? 4 : fair, groups = (panels + per_item - 1) / per_item;
@@ -324,9 +334,13 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     }
     for (int64_t a = 0; !p.few && a < *num_active; ++a) {
       const int64_t e = active[a], first = start[e], count = start[e + 1] - first;
-      p.routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, stride);
+      const uint8_t* next = a + 1 < *num_active ? p.routed.down_panel(active[a + 1], begin) : p.has_shared ? p.shared.down_panel(0, begin) : p.routed.down_panel(active[0], end);
+      p.routed.add_down(e, begin, end, hidden_records + first, slot_token + first, slot_weight + first, count, sums, stride, next);
     }
-    if (p.has_shared && !p.few) p.shared.add_down(0, begin, end, hidden_records + p.slots, nullptr, nullptr, p.tokens, sums, stride);
+    if (p.has_shared && !p.few) {
+      const uint8_t* next = *num_active ? p.routed.down_panel(active[0], end) : p.shared.down_panel(0, end);
+      p.shared.add_down(0, begin, end, hidden_records + p.slots, nullptr, nullptr, p.tokens, sums, stride, next);
+    }
     const int64_t width = std::min(end * PANEL, p.hidden) - begin * PANEL;
     for (int64_t t = 0; t < p.tokens; ++t) store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * stride + begin * PANEL);
   }, p.is_small);

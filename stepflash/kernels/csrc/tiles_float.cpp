@@ -6,8 +6,7 @@
 namespace SF_ISA {
 
 template <int M>
-static void bf16_run(const uint8_t* panel, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
-  const int64_t ahead = bytes_ahead(k);
+static void bf16_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k; block += 16) {
@@ -73,12 +72,12 @@ struct Fp8Decoder {
 };
 
 template <int M>
-static void fp8_run(const uint8_t* panel, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
+static void fp8_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
   static const Fp8Decoder decode_table;
   const Fp8Decoder decode = decode_table;  // in registers
   const float* scales = (const float*)panel;
+  prefetch(panel + ahead);
   panel += round_up(padded_k(FP8, k) / 128 * 4, 64);
-  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   // Even and odd pairs are summed apart, to hide the latency of the dot product: together while the sums of few

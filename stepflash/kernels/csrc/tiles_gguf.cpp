@@ -41,9 +41,8 @@ struct GroupScales {
 };
 
 template <int M>
-static void q4_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+static void q4_k_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
   const vi low = set1i(0x0f0f0f0f), high = set1i((int32_t)0xf0f0f0f0);
-  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k / 256; ++block, panel += 4608) {
@@ -81,9 +80,8 @@ static void q4_k_run(const uint8_t* panel, int64_t k, const Record& record, cons
 
 // Q6_K: w = d * sc * (u - 32), sc signed eight bits per 16 k; activations have one scale per 32 k.
 template <int M>
-static void q6_k_run(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+static void q6_k_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
   const vi low = set1i(0x0f0f0f0f), two = set1i(0x30303030);
-  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   for (int64_t block = 0; block < k / 256; ++block, panel += 6720) {

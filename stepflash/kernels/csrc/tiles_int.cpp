@@ -9,10 +9,9 @@ namespace SF_ISA {
 // NIBBLES: one 64-byte vector carries rows 0-15 in its low and rows 16-31 in its high nibbles. The high ones
 // stay in place (times 16) and the exact integer sum is shifted back once per group.
 template <int GROUP, bool NIBBLES, int M>
-static void int_tile(const uint8_t* panel, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
+static void int_tile(const uint8_t* panel, int64_t ahead, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
   constexpr int CHAINS = M == 1 ? 2 : 1;  // enough independent sums to hide the latency of the dot product
   const vi low = set1i(0x0f0f0f0f), high = set1i((int32_t)0xf0f0f0f0);
-  const int64_t ahead = bytes_ahead(k);
   vf total[M][2];
   for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   const int64_t groups = k / GROUP;
