@@ -47,12 +47,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """What all modules in a row left, by module: rows read and hidden states, then each job's draft and its logit."""
+    """What all modules in a row left, by module: rows read and hidden states, then each job's draft and its logit.
+
+    `begins`: by module, where each job's rows begin, if there is room between them.
+    """
 
     rows: Sequence[Tensor]
     hidden_states: Sequence[Tensor]
     token_ids: list[int]
     logits: list[float]
+    begins: Sequence[Sequence[int]] | None = None
 
 
 class ModelNetwork:

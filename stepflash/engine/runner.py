@@ -152,15 +152,17 @@ class Runner:
     ) -> tuple[Pass, Drafts | None] | None:
         """The trunk with the next drafts in one call; None where that cannot be."""
         network = self.network
-        if not isinstance(network, NativeNetwork):
+        if not isinstance(network, NativeNetwork | GraphNetwork):
             return None
         seqs = [item.seq for item in plan]
         depth = depth_ahead(seqs, adaptive_depth)
         if not depth:
             return None
+        pending = [seq.mtp.pending[k] for k in range(1, depth) for seq in seqs]
+        if isinstance(network, GraphNetwork):
+            return network.trunk_ahead(spans, pending, depth)
         rooms = [seq.max_tokens - seq.num_generated for seq in seqs]
         stop_ids = list(seqs[0].stop_ids.union(*(seq.stop_ids for seq in seqs[1:])))
-        pending = [seq.mtp.pending[k] for k in range(1, depth) for seq in seqs]
         return network.trunk_ahead(spans, rooms, stop_ids, pending, depth)
 
     @torch.inference_mode()

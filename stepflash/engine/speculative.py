@@ -187,9 +187,9 @@ def advance(
     if waiting:
         jobs = [job for job in jobs if job not in waiting]
     is_plain = bool(jobs) and all(_is_plain(job, jobs[0].depth, max_deferred) for job in jobs)
-    if is_plain and isinstance(network, NativeNetwork):
-        works = _draft_in_a_row(network, sampler, jobs)
-        for work in works:
+    done = (_drafted_ahead(jobs) or _draft_now(network, jobs)) if is_plain else None
+    if done is not None:
+        for work in _drafted_in_a_row(done, sampler, jobs):
             _keep_carries(work, cache.block_size)
         return
     with ExitStack() as stack:
@@ -245,11 +245,10 @@ def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
     return True
 
 
-def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
-    """What the loop over `_run_module` comes to for plain jobs of one depth, in one native call."""
+def _drafted_in_a_row(done: Drafts, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
+    """What the loop over `_run_module` comes to for plain jobs of one depth that drafted in one call."""
     known = [len(job.seq.token_ids) for job in jobs]
     modules = range(jobs[0].depth)
-    done = _drafted_ahead(jobs) or _draft_now(network, jobs, known)
     works = []
     begins = [0] * len(modules)  # of this job's rows in each module's
     for j, job in enumerate(jobs):
@@ -258,8 +257,9 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
         work = _Work(job, Walk(None, sampler), None, 0, job.depth, 0)
         for k in modules:
             start = seq.mtp.num_computed[k]
-            begin, end = begins[k], begins[k] + known[j] + k - start
-            work.rows = done.rows[k] if len(jobs) == 1 else done.rows[k][begin:end]
+            begin = begins[k] if done.begins is None else done.begins[k][j]
+            end = begin + known[j] + k - start
+            work.rows = done.rows[k] if end - begin == done.rows[k].shape[0] else done.rows[k][begin:end]
             work.available, begins[k] = known[j] - (k == 0), end
             work.feeds.append((start, work.rows))
             job.mtp.num_computed[k] = max(start, known[j])  # the first slots of a module hold nothing
@@ -281,7 +281,11 @@ def _draft_in_a_row(network: NativeNetwork, sampler: Sampler, jobs: Seq[DraftJob
     return works
 
 
-def _draft_now(network: NativeNetwork, jobs: Seq[DraftJob], known: list[int]) -> Drafts:
+def _draft_now(network: Network, jobs: Seq[DraftJob]) -> Drafts | None:
+    """Draft for plain jobs in one call; None where the network has none."""
+    if not isinstance(network, NativeNetwork):
+        return None
+    known = [len(job.seq.token_ids) for job in jobs]
     modules = range(jobs[0].depth)
     states = [job.seq.mtp for job in jobs]
     first = [min(state.num_computed[: len(modules)]) for state in states]

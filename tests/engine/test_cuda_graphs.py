@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine import cuda_graphs
+from stepflash.engine import cuda_replay
 from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
 from stepflash.engine.cuda_graphs import GraphNetwork
 from stepflash.engine.network import ModelNetwork, Pass
 from stepflash.engine.request import Request, SamplingParams
 from stepflash.kernels import build, ops, reference
+from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.nano.tasks import held_out, prompt_text
 from stepflash.weights.hub import resolve_model
 from stepflash.weights.load import load_model
@@ -97,7 +98,7 @@ def opaque_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         ops, "cached_attention", lambda *args: torch.ops.stepflash_tests.cached_attention(*args)
     )
-    monkeypatch.setattr(cuda_graphs, "LEAST_WIDTH", 2)
+    monkeypatch.setattr(cuda_replay, "LEAST_WIDTH", 2)
 
 
 def new_core(quantization: str, **options: object) -> EngineCore:
@@ -122,7 +123,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
             core.cache.close(sequences[ended][0])
             sequences[ended] = [core.cache.open(), 0]
         spans: list[Span] = []
-        room = rng.choice([1, 2, 3, 5, 8, 9, 17, 40, 64])
+        room = rng.choice([1, 2, 3, 5, 8, 9, 17, 40, 64, 128])
         for entry in rng.sample(sequences, rng.choice([1, 2, 12, 40])):
             blocks, done = entry
             length = min(room, rng.choice([1, 1, 1, 2, 4, 30]))
@@ -147,8 +148,8 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
                 got = graphs.module(module, shifted, previous, rows)
                 check_equal(got, expected, core.sampler.vocab_limit)
                 assert all(map(torch.equal, cache_of(core), written))
-    assert 20 < graphs.num_graphs < 120
-    assert len({width for _, _, width in graphs._replays}) > 2
+    assert 20 < graphs.num_graphs < 180
+    assert len({key[-1] for key in graphs._graphs.replays}) > 2
 
 
 def cache_of(core: EngineCore) -> list[Tensor]:
@@ -172,7 +173,7 @@ def test_large_passes_and_passes_without_logits_run_as_ever() -> None:
     for group in (0, 1):
         core.cache.grow(blocks, group, 200)
     with torch.inference_mode():
-        for spans, rows in (([Span(blocks, 0, [5] * 65)], [64]), ([Span(blocks, 65, [5, 6])], [])):
+        for spans, rows in (([Span(blocks, 0, [5] * 129)], [128]), ([Span(blocks, 129, [5, 6])], [])):
             expected = plain.trunk(spans, rows)
             got = graphs.trunk(spans, rows)
             assert torch.equal(got.hidden_states, expected.hidden_states)
@@ -223,8 +224,15 @@ def test_what_cannot_be_captured_is_said_once_and_runs_all_the_same(
             got = graphs.module(1, spans, got.hidden_states, [2])
             assert torch.equal(got.logits, expected.logits)
     assert [r.message for r in caplog.records] == [
-        "CUDA graphs are off, decoding will be slower: a pass of 3 tokens could not be captured"
+        "CUDA graphs are off, decoding will be slower: a pass could not be captured"
     ]
+
+
+def nano_and_prompts() -> tuple[Step3p5ForCausalLM, list[list[int]]]:
+    model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
+    tokenizer = Tokenizer.from_pretrained(resolve_model("nano"))
+    tasks = ("add", "sort", "weekday")
+    return model, [tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0])) for task in tasks]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, None])
@@ -233,17 +241,15 @@ def test_the_engine_answers_the_same(
     depth: int | None, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nano, whose drafts are often right, with prompts that come while others decode."""
-    model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
-    tokenizer = Tokenizer.from_pretrained(resolve_model("nano"))
-    prompts = [
-        tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0])) for task in ("add", "sort", "weekday")
-    ]
+    model, prompts = nano_and_prompts()
     sampling = SamplingParams(max_tokens=40, temperature=temperature, top_p=0.95, seed=7, draft_depth=depth)
     asked = [
         Request(
             request_id=str(i), prompt_token_ids=tuple(prompt), sampling=replace(sampling, logprobs=logprobs)
         )
-        for i, (prompt, logprobs) in enumerate(zip(prompts, (None, 2, None), strict=True))
+        for i, (prompt, logprobs) in enumerate(
+            zip(prompts, (None, 2 if temperature else None, None), strict=True)
+        )
     ]
     config = EngineConfig(max_num_seqs=2, max_model_len=512, block_size=15, max_num_batched_tokens=48)
     found = []
@@ -262,6 +268,56 @@ def test_the_engine_answers_the_same(
     assert found[0] == found[1]
     if depth and not temperature:
         assert sum(sum(accepted) for _, _, accepted in found[0]) > 5
+
+
+@pytest.mark.parametrize("plan", [[1], [2], [3], [3, 3, 3, 1, 2, 2, 0, 3, 3]])
+def test_drafts_within_the_trunk_s_call_leave_the_same_behind(
+    plan: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step: tokens, drafts, what the modules have read and have yet to read, and every slot of the cache."""
+    model, prompts = nano_and_prompts()
+    config = EngineConfig(max_num_seqs=3, max_model_len=512, block_size=15, max_num_batched_tokens=300)
+    cores, ahead = [EngineCore(model, config), EngineCore(model, config)], []
+    cores[0].runner.network = ModelNetwork(model, cores[0].cache)
+    cores[1].runner.network = network = graph_network(cores[1])
+    run = network.trunk_ahead
+    monkeypatch.setattr(network, "trunk_ahead", lambda *args: ahead.append(run(*args)) or ahead[-1])
+    for core in cores:
+        depths = iter(plan * 200)
+        monkeypatch.setattr(core.depth, "choose", lambda _, depths=depths: next(depths))
+        for i, prompt in enumerate(prompts):
+            core.add(request(str(i), prompt, max_tokens=100))
+    num_steps = 0
+    # Near the end there is no room for all drafts, and the modules are asked again.
+    while all(seq.num_generated < 90 for core in cores for seq in core.scheduler.running):
+        for core in cores:
+            core.step()
+        num_steps += 1
+        for expected, got in zip(*(core.scheduler.running for core in cores), strict=True):
+            assert (got.token_ids, got.drafts, got.num_computed) == (
+                expected.token_ids,
+                expected.drafts,
+                expected.num_computed,
+            )
+            assert got.mtp.num_computed == expected.mtp.num_computed
+            assert_same(got.mtp.pending, expected.mtp.pending)
+            assert_same(got.mtp.at_last_boundary, expected.mtp.at_last_boundary)
+            assert_same(got.boundary, expected.boundary)
+        assert all(map(torch.equal, *map(cache_of, cores)))
+    assert num_steps > 15
+    assert sum(cores[0].stats().num_accepted_tokens) > 5
+    assert sum(done is not None for done in ahead) > num_steps / 3
+    assert any(key[0] == "ahead" for key in network._graphs.replays)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(got, expected)
+    elif isinstance(expected, (list, tuple)):
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert got == expected
 
 
 def test_biased_requests_read_the_logits() -> None:
