@@ -28,6 +28,7 @@ from stepflash.engine.batch import Span, TokenBatch
 from stepflash.engine.cuda_replay import MOST, Graphs, Staged, Tables, round_up, size_for
 from stepflash.engine.kv_cache import MAX_MODULES, KVCache
 from stepflash.engine.network import Drafts, Pass
+from stepflash.kernels import ops
 from stepflash.model.transformer import Step3p5ForCausalLM
 
 # Rows of the words per token. Of the trunk and of modules: a token's id, or where among the choices it stands if it
@@ -244,10 +245,9 @@ class AheadPasses:
         self._best[0, : depth + 1, :size] = self._choices[: depth + 1, :size]
 
     def _choose(self, k: int, logits: Tensor) -> None:
-        # The same operation as the sampler's: the lowest id of equals, and NaN wins.
-        best = logits[:, : self._vocab_limit].max(dim=-1)
-        self._choices[k, : logits.shape[0]] = best.indices
-        self._best[1, k, : logits.shape[0]].view(torch.float32).copy_(best.values)
+        ids, values = ops.best_tokens(logits, self._vocab_limit)
+        self._choices[k, : logits.shape[0]] = ids
+        self._best[1, k, : logits.shape[0]].view(torch.float32).copy_(values)
 
     def _send(self, spans: Sequence[Span], layout: _Layout) -> int:
         """Fill the buffers for these spans; returns the tables' width."""

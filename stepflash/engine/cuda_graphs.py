@@ -33,6 +33,7 @@ from stepflash.engine.cuda_replay import (
 )
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import Drafts, ModelNetwork, Pass
+from stepflash.kernels import ops
 from stepflash.model.transformer import Step3p5ForCausalLM
 
 
@@ -119,19 +120,18 @@ class GraphNetwork:
         tokens, model = self._tokens[size], self._model
         tables = self._tables.views(size, width)
         batch = TokenBatch(tokens.per_token[:4], tokens.cu_seqlens, tokens.context_lens, tables)
-        ids, positions, attend = batch.input_ids, batch.positions, PagedAttention(self._cache, batch)
+        token_ids, positions, attend = batch.input_ids, batch.positions, PagedAttention(self._cache, batch)
         if module:
-            hidden_states = model.mtp_forward(module, ids, self._previous[:size], positions, attend)
+            hidden_states = model.mtp_forward(module, token_ids, self._previous[:size], positions, attend)
             logits = model.mtp_compute_logits(module, hidden_states[tokens.per_token[4]])
         else:
-            hidden_states = model(ids, positions, attend)
+            hidden_states = model(token_ids, positions, attend)
             logits = model.compute_logits(hidden_states[tokens.per_token[4]])
-        # The same operation as the sampler's: the lowest id of equals, and NaN wins.
-        best = logits[:, : self._vocab_limit].max(dim=-1)
+        ids, values = ops.best_tokens(logits, self._vocab_limit)
         self._hidden_states[:size] = hidden_states
         self._logits[:size] = logits
-        self._best[0, :size] = best.indices
-        self._best[1, :size].view(torch.float32).copy_(best.values)
+        self._best[0, :size] = ids
+        self._best[1, :size].view(torch.float32).copy_(values)
 
     def _send(self, module: int, spans: Sequence[Span], rows: Sequence[int], size: int) -> int:
         """Fill the buffers for these spans and some more tokens like the first; returns the tables' width."""

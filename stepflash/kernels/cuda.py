@@ -21,13 +21,15 @@ from stepflash.kernels import (
     triton_attention,
     triton_matmul,
     triton_norm,
+    triton_sampling,
 )
 from stepflash.kernels.cuda_moe import power_of_two
 from stepflash.kernels.formats import Format
+from stepflash.kernels.triton_start import OVERLAP
 
 ATTENTION_ROWS = 64  # query heads of a program: one and three drafted tokens of a group of 16
 # Fixed, so that a token's sums have one order: keys of a split, of a tile.
-CHUNK, KEY_TILE = 256, 64
+CHUNK, KEY_TILE = 128, 64
 
 _library: torch.library.Library | None = None
 
@@ -40,7 +42,7 @@ def register() -> None:
     _library = torch.library.Library("stepflash", "IMPL")  # type: ignore[no-untyped-call]
     for kernel in (
         rms_norm, add_rms_norm, linear, route, moe, qk_norm_rope, qkv_gate, cache_write, paged_attention,
-        cached_attention,
+        cached_attention, best_tokens,
     ):  # fmt: skip
         _library.impl(kernel.__name__, kernel, "CUDA")  # type: ignore[no-untyped-call]
 
@@ -68,7 +70,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
         added = x if residual is None else residual.contiguous()
         triton_norm.rms_norm[(x.numel() // size,)](
             x, added, weight, out, total, size, eps, power_of_two(size), residual is not None,
-            num_warps=8 if size > 2048 else 4,
+            num_warps=8 if size > 2048 else 4, **OVERLAP,
         )  # fmt: skip
     return out, total
 
@@ -86,7 +88,7 @@ def _norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) 
     if num_tokens:
         triton_norm.norm_rope[(num_tokens, num_heads)](
             x, weight, out, cos.contiguous(), sin.contiguous(), x.stride(0), eps, num_heads, head_dim,
-            cos.shape[1], power_of_two(head_dim),
+            cos.shape[1], power_of_two(head_dim), **OVERLAP,
         )  # fmt: skip
     return out
 
@@ -147,7 +149,7 @@ def _gated(x: Tensor, gate: Tensor) -> Tensor:
     head_dim = x.shape[1] // num_heads
     out = torch.empty_like(x)
     triton_matmul.gated[(num_tokens, num_heads)](
-        x, gate, out, num_heads, head_dim, power_of_two(head_dim), num_warps=1
+        x, gate, out, num_heads, head_dim, power_of_two(head_dim), num_warps=1, **OVERLAP
     )
     return out
 
@@ -226,7 +228,7 @@ def qkv_gate(
         parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate, num_tokens, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
         BLOCK_D=power_of_two(head_dim), BLOCK_H=power_of_two(num_heads), PARTS=parts.shape[0],
-        GATE_PARTS=gate_parts.shape[0], num_warps=1,
+        GATE_PARTS=gate_parts.shape[0], num_warps=1, **OVERLAP,
     )  # fmt: skip
     return q, k, v, gate
 
@@ -250,7 +252,7 @@ def cache_write(
     triton_attention.write_slots[(num_tokens, 2 * num_kv_heads)](
         k, v, k_cache, v_cache, k_cache if k_scale is None else k_scale, v_cache if v_scale is None else v_scale,
         slot_mapping.contiguous(), k.stride(0), v.stride(0), num_kv_heads, head_dim, power_of_two(head_dim),
-        k_scale is not None, num_warps=1,
+        k_scale is not None, num_warps=1, **OVERLAP,
     )  # fmt: skip
 
 
@@ -298,11 +300,12 @@ def paged_attention(
         v_cache if v_scale is None else v_scale, gates, block_table, seq_lens, cu_seqlens, out, peaks, totals, sums,
         num_seqs, block_table.stride(0), window, first_key, scale, splits, BLOCK_SIZE=block_size,
         TILE=KEY_TILE // 2 if wide else KEY_TILE, INT8=k_scale is not None, SPLIT=split, WIDE=wide, **sizes,
+        **OVERLAP,
     )  # fmt: skip
     if split:
         triton_attention.merge_splits[(num_tokens, num_heads)](
             gates, seq_lens, cu_seqlens, out, peaks, totals, sums, num_seqs, window, first_key, splits, num_warps=1,
-            **sizes,
+            **sizes, **OVERLAP,
         )  # fmt: skip
     return out
 
@@ -327,3 +330,20 @@ def cached_attention(
     return paged_attention(
         q, k_cache, v_cache, block_table, seq_lens, cu_seqlens, window, scale, first_key, None, k_scale, v_scale
     )  # fmt: skip
+
+
+def best_tokens(logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    num_rows, block = logits.shape[0], 2048
+    chunks = _ceil(limit, block)
+    ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    values = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    if num_rows:
+        chunk_values = torch.empty((num_rows, chunks), dtype=torch.float32, device=logits.device)
+        chunk_ids = torch.empty((num_rows, chunks), dtype=torch.int32, device=logits.device)
+        triton_sampling.best_of_chunk[(num_rows, chunks)](
+            logits, chunk_values, chunk_ids, logits.stride(0), limit, chunks, block, **OVERLAP
+        )
+        triton_sampling.best_of_row[(num_rows,)](
+            chunk_values, chunk_ids, values, ids, chunks, power_of_two(chunks), **OVERLAP
+        )
+    return ids, values

@@ -13,14 +13,13 @@ from math import gcd
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from stepflash.kernels import cuda_layout, triton_matmul
 from stepflash.kernels.formats import Format
+from stepflash.kernels.triton_start import OVERLAP
 
-ON_DEVICE = not triton.knobs.runtime.interpret
-WANTED_PROGRAMS = 256  # two for each multiprocessor of a large card
+WANTED_PROGRAMS = 448  # three or four for each multiprocessor of a large card
 MIN_SPLIT_COLUMNS = 512
 MAX_SPLITS = 8
 
@@ -55,7 +54,7 @@ def view(packed: Tensor, fmt: Format, n: int, k: int) -> Packed:
 def _constants(fmt: Format, k: int) -> tuple[int, dict[str, Any]]:
     """Padded columns, and what the kernels are compiled for."""
     kind = 0 if fmt == Format.BF16 else 1 if fmt == Format.FP8 else 3 if fmt.is_int4 else 2
-    constants = {"KIND": kind, "GROUP": fmt.group, "EVEN": k % _step(fmt) == 0, "ON_DEVICE": ON_DEVICE}
+    constants = {"KIND": kind, "GROUP": fmt.group, "EVEN": k % _step(fmt) == 0}
     return cuda_layout.padded(fmt, 1, k)[1], constants
 
 
@@ -67,7 +66,7 @@ def _step(fmt: Format) -> int:
 def num_splits(n: int, k: int) -> int:
     """Programs that share a row's columns."""
     row_tiles = -(-n // cuda_layout.ROWS)
-    return max(1, min(-(-WANTED_PROGRAMS // row_tiles), k // MIN_SPLIT_COLUMNS, MAX_SPLITS))
+    return max(1, min(round(WANTED_PROGRAMS / row_tiles), k // MIN_SPLIT_COLUMNS, MAX_SPLITS))
 
 
 def block_t_of(num_rows: int) -> int:
@@ -79,10 +78,11 @@ def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) ->
     """Rows and tokens of a program's tile for [n, k] weights (or a pair of them), and how far it reads ahead."""
     rows = 128 if block_t >= 64 and not is_pair and -(-n // cuda_layout.ROWS) % 2 == 0 else 64
     few = block_t <= 32 and fmt != Format.BF16
-    unroll = max(1, gcd(k // _step(fmt), 256 // _step(fmt))) if few else 1
+    # Shared memory holds the stages: a step of 256 columns of 128 tokens is 64 KiB.
+    stages = 5 if fmt == Format.BF16 and few else 2 if block_t > 64 and _step(fmt) == 256 else 3
     return {
-        "ROWS": rows, "BLOCK_T": block_t, "num_warps": rows // 16, "UNROLL": unroll,
-        "STAGES": 5 if fmt == Format.BF16 and block_t <= 32 else 4 if few and not is_pair else 3,
+        "ROWS": rows, "BLOCK_T": block_t, "num_warps": rows // 16, "STAGES": stages,
+        "UNROLL": max(1, gcd(k // _step(fmt), 256 // _step(fmt))) if few else 1,
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def matmul(x: Tensor, weights: Sequence[tuple[Tensor, Format, int]], splits: int
     triton_matmul.matmul[(-(-x.shape[0] // block_t), row_tiles, splits if is_split else 1)](
         x, first.codes, first.scales, views[1].codes, views[1].scales, views[2].codes, views[2].scales, out, out,
         out, out, *sizes, 0, 0, 1, 0, x.shape[0], k, first.steps, first.stride, DENSE=True, SHARED=False,
-        WEIGHTED=False, SPLITS=splits, IS_SPLIT=is_split, **tile, **first.constants,
+        WEIGHTED=False, SPLITS=splits, IS_SPLIT=is_split, **tile, **first.constants, **OVERLAP,
     )  # fmt: skip
     return out
 
@@ -121,6 +121,6 @@ def finish(parts: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor
     block = 1024
     triton_matmul.finish[(num_tokens, -(-size // block))](
         parts, out if residual is None else residual, out, num_tokens, size, SPLITS=splits,
-        HAS_RESIDUAL=residual is not None, BLOCK=block,
+        HAS_RESIDUAL=residual is not None, BLOCK=block, **OVERLAP,
     )  # fmt: skip
     return out

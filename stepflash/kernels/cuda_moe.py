@@ -14,9 +14,9 @@ from torch import Tensor
 
 from stepflash.kernels import cuda_matmul, triton_matmul, triton_router
 from stepflash.kernels.formats import Format
+from stepflash.kernels.triton_start import OVERLAP
 
-ROUTER_TOKENS, ROUTER_EXPERTS, ROUTER_COLUMNS = 16, 16, 64
-ROUTER_SPLITS = 8
+ROUTER_TOKENS, ROUTER_EXPERTS, ROUTER_COLUMNS = 16, 8, 512
 MAX_GROUPED_ROWS = 512  # that one program sorts; more are sorted by PyTorch
 
 
@@ -41,18 +41,18 @@ def route(
     topk_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=x.device)
     if not num_tokens:
         return topk_ids, topk_weights
-    per_split = -(-size // (ROUTER_SPLITS * ROUTER_COLUMNS)) * ROUTER_COLUMNS
-    splits = -(-size // per_split)
+    splits = -(-size // ROUTER_COLUMNS)
     logits = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=x.device)
     grid = (-(-num_tokens // ROUTER_TOKENS), -(-num_experts // ROUTER_EXPERTS), splits)
     triton_router.router_logits[grid](
-        x.contiguous(), router_weight, logits, num_tokens, num_experts, size, per_split, BLOCK_T=ROUTER_TOKENS,
-        BLOCK_E=ROUTER_EXPERTS, BLOCK_K=ROUTER_COLUMNS,
+        x.contiguous(), router_weight, logits, num_tokens, num_experts, size, BLOCK_T=ROUTER_TOKENS,
+        BLOCK_E=ROUTER_EXPERTS, BLOCK_K=ROUTER_COLUMNS, **OVERLAP,
     )  # fmt: skip
     triton_router.choose_experts[(num_tokens,)](
         logits, logits if router_bias is None else router_bias, topk_ids, topk_weights, num_tokens, num_experts,
         scaling_factor, HAS_BIAS=router_bias is not None, SPLITS=splits, TOP_K=top_k,
-        BLOCK_E=power_of_two(num_experts), BLOCK_K=power_of_two(top_k), num_warps=2,
+        BLOCK_E=power_of_two(num_experts), BLOCK_K=power_of_two(top_k), num_warps=1,
+        **OVERLAP,
     )  # fmt: skip
     return topk_ids, topk_weights
 
@@ -64,7 +64,7 @@ def group_by_expert(topk_ids: Tensor, num_experts: int, with_shared: bool) -> Gr
     """
     num_tokens, num_rows = topk_ids.shape[0], topk_ids.numel()
     # About as many as an expert gets of a large batch, and no more than it can get of a small one.
-    block_t = cuda_matmul.block_t_of(min(num_tokens, max(8, 2 * num_rows // num_experts)))
+    block_t = cuda_matmul.block_t_of(min(num_tokens, 3 * num_rows // (2 * num_experts)))
     shared_blocks = -(-num_tokens // block_t) if with_shared else 0
     most = shared_blocks + min(num_rows, -(-num_rows // block_t) + num_experts)
     device = topk_ids.device
@@ -76,6 +76,7 @@ def group_by_expert(topk_ids: Tensor, num_experts: int, with_shared: bool) -> Gr
         triton_router.group_rows[(1,)](
             topk_ids, rows, experts, first_blocks, num_rows, num_experts, most, shared_blocks, num_tokens,
             BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_R=16, ALL_ROWS=power_of_two(num_rows), num_warps=8,
+            **OVERLAP,
         )  # fmt: skip
         return Groups(rows, experts, block_t)
     flat = topk_ids.flatten().long()
@@ -95,8 +96,59 @@ def group_by_expert(topk_ids: Tensor, num_experts: int, with_shared: bool) -> Gr
     return Groups(rows, experts, block_t)
 
 
-def _limit(limit: float | None) -> float:
-    return math.inf if limit is None else limit
+def _gate_and_up(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    fmt: Format,
+    size: int,
+    limits: tuple[float | None, float | None],
+    groups: Groups | None,
+    num_experts: int,
+    top_k: int,
+) -> Tensor:
+    """What the down projection reads, [rows, size] bf16: top_k rows a token, then with `shared` one more a token.
+
+    Without groups every token meets the one expert there is.
+    """
+    num_tokens, hidden_size = x.shape
+    gate, up = (cuda_matmul.view(w, fmt, size, hidden_size) for w in packed[:2])
+    shared_gate, shared_up = (cuda_matmul.view(w, fmt, size, hidden_size) for w in shared[:2] or packed[:2])
+    num_routed = num_tokens * top_k
+    num_rows = num_routed + (num_tokens if shared else 0)
+    block_t = cuda_matmul.block_t_of(num_tokens) if groups is None else groups.block_t
+    num_blocks = -(-num_tokens // block_t) if groups is None else groups.experts.numel()
+    is_split = block_t <= 32
+    splits = max(1, min(2, hidden_size // (2 * cuda_matmul.MIN_SPLIT_COLUMNS)))
+    tile = cuda_matmul.tile_of(fmt, size, hidden_size, block_t, is_pair=not is_split)
+    row_tiles = -(-size // tile["ROWS"])
+    hidden = torch.empty((num_rows, size), dtype=torch.bfloat16, device=x.device)
+    out = hidden
+    if is_split:
+        out = torch.empty((splits, 2, num_rows, size), dtype=torch.float32, device=x.device)
+    rows, experts = (out, out) if groups is None else (groups.rows, groups.experts)
+    limit, shared_limit = (math.inf if value is None else value for value in limits)
+    triton_matmul.swiglu[(num_blocks, 2 * row_tiles, splits) if is_split else (num_blocks, row_tiles)](
+        x, gate.codes, gate.scales, up.codes, up.scales, shared_gate.codes, shared_gate.scales, shared_up.codes,
+        shared_up.scales, rows, experts, out, size, gate.expert_codes, gate.expert_scales, num_experts, num_routed,
+        num_rows, limit, shared_limit, hidden_size, gate.steps, gate.stride, TOP_K=top_k, DENSE=groups is None,
+        SHARED=bool(shared), SPLITS=splits, IS_SPLIT=is_split, **tile, **gate.constants, **OVERLAP,
+    )  # fmt: skip
+    if is_split:
+        block = min(1024, power_of_two(size))
+        triton_matmul.activate[(num_rows, -(-size // block))](
+            out,
+            hidden,
+            num_rows,
+            size,
+            num_routed,
+            limit,
+            shared_limit,
+            SPLITS=splits,
+            BLOCK=block,
+            **OVERLAP,
+        )
+    return hidden
 
 
 def routed(
@@ -104,46 +156,30 @@ def routed(
     packed: Sequence[Tensor],
     formats: Sequence[int],
     size: int,
-    limit: float | None,
+    limits: tuple[float | None, float | None],
     topk_ids: Tensor,
     topk_weights: Tensor,
     num_experts: int,
     shared: Sequence[Tensor],
-    shared_limit: float | None,
 ) -> Tensor:
     """Outputs [num_tokens * top_k, hidden_size] float32 of every row's expert, weighted; those of the shared expert,
-    if it goes along (its formats and size are the experts'), behind them: [.. + num_tokens, hidden_size]."""
+    if it goes along (its formats and size are the experts'), behind them: [.. + num_tokens, hidden_size].
+
+    `limits`: of the experts and of the shared one.
+    """
     (num_tokens, hidden_size), top_k = x.shape, topk_ids.shape[1]
     groups = group_by_expert(topk_ids, num_experts, bool(shared))
-    num_routed = num_tokens * top_k
-    num_rows = num_routed + (num_tokens if shared else 0)
-    gate, up = (
-        cuda_matmul.view(w, Format(f), size, hidden_size) for w, f in zip(packed[:2], formats, strict=False)
-    )
-    down = cuda_matmul.view(packed[2], Format(formats[2]), hidden_size, size)
-    shared_gate, shared_up, shared_down = gate, up, down
-    if shared:
-        shared_gate, shared_up = (
-            cuda_matmul.view(w, Format(f), size, hidden_size)
-            for w, f in zip(shared[:2], formats, strict=False)
-        )
-        shared_down = cuda_matmul.view(shared[2], Format(formats[2]), hidden_size, size)
-    hidden = torch.empty((num_rows, size), dtype=torch.bfloat16, device=x.device)
-    tile = cuda_matmul.tile_of(Format(formats[0]), size, hidden_size, groups.block_t, is_pair=True)
-    num_blocks = groups.experts.numel()
-    triton_matmul.swiglu[(num_blocks, -(-size // tile["ROWS"]))](
-        x, gate.codes, gate.scales, up.codes, up.scales, shared_gate.codes, shared_gate.scales, shared_up.codes,
-        shared_up.scales, groups.rows, groups.experts, hidden, size, gate.expert_codes, gate.expert_scales,
-        num_experts, num_routed, _limit(limit), _limit(shared_limit), hidden_size, gate.steps, gate.stride,
-        TOP_K=top_k, DENSE=False, SHARED=bool(shared), **tile, **gate.constants,
-    )  # fmt: skip
-    out = torch.empty((num_rows, hidden_size), dtype=torch.float32, device=x.device)
-    tile = cuda_matmul.tile_of(Format(formats[2]), hidden_size, size, groups.block_t)
-    triton_matmul.matmul[(num_blocks, -(-hidden_size // tile["ROWS"]), 1)](
+    hidden = _gate_and_up(x, packed, shared, Format(formats[0]), size, limits, groups, num_experts, top_k)
+    fmt = Format(formats[2])
+    down = cuda_matmul.view(packed[2], fmt, hidden_size, size)
+    shared_down = cuda_matmul.view(shared[2], fmt, hidden_size, size) if shared else down
+    out = torch.empty((hidden.shape[0], hidden_size), dtype=torch.float32, device=x.device)
+    tile = cuda_matmul.tile_of(fmt, hidden_size, size, groups.block_t)
+    triton_matmul.matmul[(groups.experts.numel(), -(-hidden_size // tile["ROWS"]), 1)](
         hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, down.codes, down.scales,
         groups.rows, groups.experts, topk_weights, out, hidden_size, 0, 0, down.expert_codes, down.expert_scales,
-        num_experts, num_routed, num_rows, size, down.steps, down.stride, DENSE=False, SHARED=bool(shared),
-        WEIGHTED=True, SPLITS=1, IS_SPLIT=False, **tile, **down.constants,
+        num_experts, num_tokens * top_k, hidden.shape[0], size, down.steps, down.stride, DENSE=False,
+        SHARED=bool(shared), WEIGHTED=True, SPLITS=1, IS_SPLIT=False, **tile, **down.constants, **OVERLAP,
     )  # fmt: skip
     return out
 
@@ -152,19 +188,8 @@ def dense(
     x: Tensor, packed: Sequence[Tensor], formats: Sequence[int], size: int, limit: float | None
 ) -> Tensor:
     """A SwiGLU block that every token passes: parts [parts, num_tokens, hidden_size] float32, added in order."""
-    num_tokens, hidden_size = x.shape
-    gate, up = (
-        cuda_matmul.view(w, Format(f), size, hidden_size) for w, f in zip(packed[:2], formats, strict=False)
-    )
-    hidden = torch.empty((num_tokens, size), dtype=torch.bfloat16, device=x.device)
-    block_t = cuda_matmul.block_t_of(num_tokens)
-    tile = cuda_matmul.tile_of(Format(formats[0]), size, hidden_size, block_t, is_pair=True)
-    triton_matmul.swiglu[(-(-num_tokens // block_t), -(-size // tile["ROWS"]))](
-        x, gate.codes, gate.scales, up.codes, up.scales, gate.codes, gate.scales, up.codes, up.scales, hidden, hidden,
-        hidden, size, 0, 0, 1, num_tokens, _limit(limit), _limit(limit), hidden_size, gate.steps, gate.stride,
-        TOP_K=1, DENSE=True, SHARED=False, **tile, **gate.constants,
-    )  # fmt: skip
-    fmt = Format(formats[2])
+    hidden = _gate_and_up(x, packed, (), Format(formats[0]), size, (limit, limit), None, 1, 1)
+    fmt, hidden_size = Format(formats[2]), x.shape[1]
     return cuda_matmul.matmul(
         hidden, [(packed[2], fmt, hidden_size)], cuda_matmul.num_splits(hidden_size, size)
     )
@@ -202,8 +227,8 @@ def moe(
             topk_ids, topk_weights = route(normed, router_weight, router_bias, top_k, scaling_factor)
         choices = topk_ids.shape[1]
         rows = routed(
-            normed, experts, expert_formats, expert_size, limit, topk_ids.contiguous(),
-            topk_weights.float().contiguous(), num_experts, shared if together else (), shared_limit,
+            normed, experts, expert_formats, expert_size, (limit, shared_limit), topk_ids.contiguous(),
+            topk_weights.float().contiguous(), num_experts, shared if together else (),
         )  # fmt: skip
     if shared and together:
         parts, num_parts = rows[num_tokens * choices :], 1
@@ -214,5 +239,6 @@ def moe(
     triton_matmul.combine[(num_tokens, -(-hidden_size // block))](
         rows, parts, out if residual is None else residual.contiguous(), out, num_tokens, hidden_size, TOP_K=choices,
         PARTS=num_parts, HAS_RESIDUAL=residual is not None, BLOCK=block,
+        **OVERLAP,
     )  # fmt: skip
     return out

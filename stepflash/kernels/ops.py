@@ -56,6 +56,7 @@ _SCHEMAS = {
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
     " Tensor block_table, Tensor seq_lens, Tensor cu_seqlens, int window, float scale, int first_key=0,"
     " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor",
+    "best_tokens": "(Tensor logits, int limit) -> (Tensor, Tensor)",
     "quantize": "(Tensor weight, int fmt) -> Tensor",
     "advise_huge_pages": "(Tensor packed) -> ()",
     "stream_read": "(Tensor data) -> int",
@@ -209,6 +210,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cache_write": _nothing,
     "cached_attention": _like_first,
     "paged_attention": _like_first,
+    "best_tokens": lambda logits, limit: (
+        logits.new_empty(logits.shape[0], dtype=torch.int64),
+        logits.new_empty(logits.shape[0]),
+    ),
     "quantize": lambda weight, fmt: weight.new_empty(
         (*weight.shape[:-2], packed_bytes(Format(fmt), *weight.shape[-2:])), dtype=torch.uint8
     ),
@@ -446,6 +451,14 @@ def cached_attention(
     if _has_kernels(k_cache):
         return torch.ops.stepflash.cached_attention(*args)  # type: ignore[no-any-return]
     return reference.cached_attention(*args)
+
+
+def best_tokens(logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Of each row [num_rows, vocab_size] the best token below `limit`, the lowest id of equals, and its logit.
+
+    A row with NaN gives NaN or infinity as the logit.
+    """
+    return torch.ops.stepflash.best_tokens(logits, limit)  # type: ignore[no-any-return]
 
 
 def quantize(weight: Tensor, fmt: Format) -> Tensor:

@@ -267,6 +267,11 @@ def cached_attention(
     )
 
 
+def best_tokens(logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    best = logits[:, :limit].max(dim=-1)  # the lowest id of equals, and NaN wins
+    return best.indices, best.values
+
+
 def quantize(weight: Tensor, fmt: int) -> Tensor:
     return formats.quantize(weight, Format(fmt))
 

@@ -12,6 +12,8 @@ A program serves BLOCK_Q queries of all heads of one group, so that a tile of ke
 import triton
 import triton.language as tl
 
+from stepflash.kernels.triton_start import enter
+
 
 @triton.jit
 def find_sequence(cu_seqlens, num_seqs, place, BLOCK_Q: tl.constexpr, GAP: tl.constexpr):
@@ -69,8 +71,10 @@ def attend_chunk(
         at = row[:, None] * HEAD_DIM + dims[None, :]
         inside = held[:, None] & (dims[None, :] < HEAD_DIM)
         # What lies outside was perhaps never written; zero times NaN would be NaN.
-        keys = tl.load(k_cache + at, mask=inside, other=0).to(tl.float32).to(queries.dtype)
-        values = tl.load(v_cache + at, mask=inside, other=0).to(tl.float32).to(queries.dtype)
+        keys = tl.load(k_cache + at, mask=inside, other=0)
+        values = tl.load(v_cache + at, mask=inside, other=0)
+        if keys.dtype != queries.dtype:
+            keys, values = keys.to(tl.float32).to(queries.dtype), values.to(tl.float32).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         if INT8:
             scores = scores * tl.load(k_scale + row, mask=held, other=0.0)[None, :]
@@ -115,6 +119,7 @@ def attend(
     TILE: tl.constexpr, INT8: tl.constexpr, HAS_GATE: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, num_kv_heads, num_splits or 1). SPLIT: one chunk a program, left for `merge_splits`."""
+    enter()
     block, kv_head = tl.program_id(0), tl.program_id(1)
     seq = find_sequence(cu_seqlens, num_seqs, block, BLOCK_Q, 1)
     start = tl.load(cu_seqlens + seq)
@@ -172,6 +177,7 @@ def merge_splits(
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, NUM_HEADS): the chunks of one token in ascending order."""
+    enter()
     token = tl.program_id(0)
     seq = find_sequence(cu_seqlens, num_seqs, token, 1, 0)
     start = tl.load(cu_seqlens + seq)
@@ -203,6 +209,7 @@ def write_slots(
 ):  # fmt: skip
     """Grid (num_tokens, 2 * NUM_KV_HEADS): one head of a token into its slot, keys then values; int8 with a scale,
     peak / 127."""
+    enter()
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:

@@ -17,6 +17,8 @@ is a row of the result, or -1 for none. A dense product is one expert.
 import triton
 import triton.language as tl
 
+from stepflash.kernels.triton_start import ON_DEVICE, announce, enter, fetch, wait
+
 BF16 = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 INT8 = tl.constexpr(2)
@@ -27,7 +29,7 @@ INT4 = tl.constexpr(3)
 
 
 @triton.jit
-def decode_int4(raw, ON_DEVICE: tl.constexpr):
+def decode_int4(raw):
     """uint8 -> bf16 of the low and of the high nibbles, each minus 8. 0x43xx is 128 + xx as bf16."""
     if ON_DEVICE:
         low, high = tl.inline_asm_elementwise(
@@ -56,7 +58,7 @@ def decode_int4(raw, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def decode_int8(raw, ON_DEVICE: tl.constexpr):
+def decode_int8(raw):
     """uint8 -> bf16 of code - 128: 128 + the low seven bits, minus 128 or, where the top bit is clear, 256."""
     if ON_DEVICE:
         return tl.inline_asm_elementwise(
@@ -78,7 +80,7 @@ def decode_int8(raw, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def decode_fp8(raw, ON_DEVICE: tl.constexpr):
+def decode_fp8(raw):
     """e4m3 -> bf16: its bits in bf16's exponent and mantissa are the value times 2^-120, subnormals too."""
     if ON_DEVICE:
         return tl.inline_asm_elementwise(
@@ -133,9 +135,35 @@ def load_tiles(codes, tile, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
+def fragments(raw, ROWS: tl.constexpr):
+    """Raw int4 tiles [ROWS / 64, 2048] as weights [ROWS, 64], the low nibbles first."""
+    low, high = decode_int4(raw)
+    parts = tl.reshape(tl.join(low, high), (ROWS // 16, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 3, 1, 7, 4, 5, 2, 6)), (ROWS, 64))
+
+
+@triton.jit
+def load_x_twice(x, source, live, first_k, in_features, EVEN: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Activations [64, 2 * BLOCK_T]: the first 32 columns of k for the first BLOCK_T, the others for the others."""
+    k = first_k + tl.arange(0, 64)
+    mine = (tl.arange(0, 64) // 32)[:, None] == (tl.arange(0, 2 * BLOCK_T) // BLOCK_T)[None, :]
+    twice = tl.reshape(tl.permute(tl.join(source, source), (1, 0)), (2 * BLOCK_T,))
+    inside = mine & tl.reshape(tl.permute(tl.join(live, live), (1, 0)), (2 * BLOCK_T,))[None, :]
+    if not EVEN:
+        inside = inside & (k < in_features)[:, None]
+    return tl.load(x + twice[None, :] * in_features + k[:, None], mask=inside, other=0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def half_scale(word, HALF: tl.constexpr):
+    """One of two float16 in 32 bits, as float32."""
+    return (word >> HALF * 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def add_step(
     sums, codes, scales, x, source, live, step, in_features, stride, width,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ON_DEVICE: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """sums [ROWS, BLOCK_T] plus one step over k: two groups of integers, a block of fp8, 64 columns of bf16.
 
@@ -154,46 +182,54 @@ def add_step(
     elif KIND == FP8:
         part = tl.zeros_like(sums)
         for i in tl.static_range(4):
-            tile = decode_fp8(load_tiles(codes, step * 4 + i, stride, ROWS), ON_DEVICE)
+            tile = decode_fp8(load_tiles(codes, step * 4 + i, stride, ROWS))
             xs = load_x(x, source, live, step * 128 + i * 32, in_features, 32, EVEN)
             part = tl.dot(fragment(tile, ROWS), xs, part)
         sums += part * tl.load(scales + step * width + row // 64)[:, None]
     else:
         word = tl.load(scales + step * width + row)  # two float16
-        for half in tl.static_range(2):
-            scale = (word >> half * 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            part = tl.zeros_like(sums)
-            first = step * 2 * GROUP + half * GROUP
-            if KIND == INT8:
-                for i in tl.static_range(GROUP // 32):
-                    raw = load_tiles(codes, first // 32 + i, stride, ROWS)
-                    xs = load_x(x, source, live, first + i * 32, in_features, 32, EVEN)
-                    part = tl.dot(fragment(decode_int8(raw, ON_DEVICE), ROWS), xs, part)
-            elif GROUP == 32:
-                low, high = decode_int4(load_tiles(codes, step, stride, ROWS), ON_DEVICE)
-                xs = load_x(x, source, live, first, in_features, 32, EVEN)
-                part = tl.dot(fragment(high if half else low, ROWS), xs, part)
-            else:
-                for i in tl.static_range(GROUP // 64):
-                    low, high = decode_int4(load_tiles(codes, first // 64 + i, stride, ROWS), ON_DEVICE)
-                    xs = load_x(x, source, live, first + i * 64, in_features, 32, EVEN)
-                    part = tl.dot(fragment(low, ROWS), xs, part)
-                    xs = load_x(x, source, live, first + i * 64 + 32, in_features, 32, EVEN)
-                    part = tl.dot(fragment(high, ROWS), xs, part)
-            sums += part * scale[:, None]
+        if KIND == INT4 and GROUP == 32 and BLOCK_T <= 32:
+            # Few tokens: both groups in one product, each with columns of its own, so that it is waited for once.
+            raw = load_tiles(codes, step, stride, ROWS)
+            part = tl.dot(
+                fragments(raw, ROWS), load_x_twice(x, source, live, step * 64, in_features, EVEN, BLOCK_T)
+            )
+            low, high = tl.split(tl.permute(tl.reshape(part, (ROWS, 2, BLOCK_T)), (0, 2, 1)))
+            sums += low * half_scale(word, 0)[:, None]
+            sums += high * half_scale(word, 1)[:, None]
+        else:
+            for half in tl.static_range(2):
+                part = tl.zeros_like(sums)
+                first = step * 2 * GROUP + half * GROUP
+                if KIND == INT8:
+                    for i in tl.static_range(GROUP // 32):
+                        raw = load_tiles(codes, first // 32 + i, stride, ROWS)
+                        xs = load_x(x, source, live, first + i * 32, in_features, 32, EVEN)
+                        part = tl.dot(fragment(decode_int8(raw), ROWS), xs, part)
+                elif GROUP == 32:
+                    low, high = decode_int4(load_tiles(codes, step, stride, ROWS))
+                    xs = load_x(x, source, live, first, in_features, 32, EVEN)
+                    part = tl.dot(fragment(high if half else low, ROWS), xs, part)
+                else:
+                    for i in tl.static_range(GROUP // 64):
+                        low, high = decode_int4(load_tiles(codes, first // 64 + i, stride, ROWS))
+                        xs = load_x(x, source, live, first + i * 64, in_features, 32, EVEN)
+                        part = tl.dot(fragment(low, ROWS), xs, part)
+                        xs = load_x(x, source, live, first + i * 64 + 32, in_features, 32, EVEN)
+                        part = tl.dot(fragment(high, ROWS), xs, part)
+                sums += part * half_scale(word, half)[:, None]
     return sums
 
 
 @triton.jit
 def add_steps(
     sums, codes, scales, x, source, live, first, last, in_features, stride, width, KIND: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, ON_DEVICE: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         sums = add_step(
-            sums, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS, EVEN,
-            ON_DEVICE,
+            sums, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS, BLOCK_T, EVEN,
         )  # fmt: skip
     return sums
 
@@ -215,12 +251,24 @@ def begin_rows(codes, scales, first_row, size, stride, KIND: tl.constexpr, ROWS:
 
 
 @triton.jit
+def fetch_rows(codes, first_step, stride, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Asks for the first 128 lines that these rows will read from first_step on, or less; weights never change."""
+    if KIND == BF16:  # a line of 64 columns of every row
+        row = tl.arange(0, ROWS)
+        fetch(codes + row.to(tl.int64) * stride + first_step * 64, first_step * 64 < stride + row * 0)
+    else:
+        STEP_BYTES: tl.constexpr = 8192 if KIND == FP8 else GROUP * 128 if KIND == INT8 else GROUP * 64
+        at = first_step * STEP_BYTES + tl.arange(0, 128) * 128
+        fetch(codes + at, at < stride)
+
+
+@triton.jit
 def matmul(
     x, codes_a, scales_a, codes_b, scales_b, codes_c, scales_c, rows, experts, row_weights, out,
     size_a, size_b, size_c, expert_codes, expert_scales, num_experts, num_weighted, out_rows, in_features, steps,
     stride, DENSE: tl.constexpr, SHARED: tl.constexpr, WEIGHTED: tl.constexpr, SPLITS: tl.constexpr,
     IS_SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr, ON_DEVICE: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, row tiles of all matrices, SPLITS or 1): products with up to three matrices side by side.
 
@@ -228,26 +276,13 @@ def matmul(
     second matrix. WEIGHTED: results of the first num_weighted rows times row_weights[row]. DENSE: rows 0 to
     out_rows - 1 of expert 0; `rows` and `experts` are not read.
     """
+    announce()
     block, tile = tl.program_id(0), tl.program_id(1)
     row = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    if DENSE:
-        expert = tl.zeros([], tl.int64)
-        live = row < out_rows
-    else:
-        expert = tl.load(experts + block).to(tl.int64)
-        if expert > num_experts or (expert == num_experts and not SHARED):
-            return
-        row = tl.load(rows + row)
-        live = row >= 0
     codes, scales, size, column = codes_a, scales_a, size_a, 0
     total_size = size_a
-    if SHARED:
-        if expert == num_experts:
-            codes, scales = codes_b, scales_b
-        else:
-            codes, scales = codes_a + expert * expert_codes, scales_a + expert * expert_scales
-    else:
-        codes, scales = codes_a + expert * expert_codes, scales_a + expert * expert_scales
+    if DENSE:
+        live = row < out_rows
         total_size = size_a + size_b + size_c
         tiles_a, tiles_b = (size_a + ROWS - 1) // ROWS, (size_b + ROWS - 1) // ROWS
         if tile >= tiles_a + tiles_b:
@@ -256,14 +291,28 @@ def matmul(
         elif tile >= tiles_a:
             tile -= tiles_a
             codes, scales, size, column = codes_b, scales_b, size_b, size_a
+    else:
+        wait()
+        expert = tl.load(experts + block).to(tl.int64)
+        if expert > num_experts or (expert == num_experts and not SHARED):
+            return
+        row = tl.load(rows + row)
+        live = row >= 0
+        if SHARED and expert == num_experts:
+            codes, scales = codes_b, scales_b
+        else:
+            codes, scales = codes_a + expert * expert_codes, scales_a + expert * expert_scales
     codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
     sums = tl.zeros([ROWS, BLOCK_T], tl.float32)
     per_split = (steps + SPLITS - 1) // SPLITS
+    first = tl.program_id(2) * per_split
+    if DENSE:
+        fetch_rows(codes, first, stride, KIND, GROUP, ROWS)
+        wait()
     if IS_SPLIT or SPLITS == 1:
-        first = tl.program_id(2) * per_split
         sums = add_steps(
             sums, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
-            width, KIND, GROUP, ROWS, EVEN, ON_DEVICE, STAGES, UNROLL,
+            width, KIND, GROUP, ROWS, BLOCK_T, EVEN, STAGES, UNROLL,
         )  # fmt: skip
     else:
         for split in range(SPLITS):
@@ -271,7 +320,7 @@ def matmul(
             first = split * per_split
             sums += add_steps(
                 part, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
-                width, KIND, GROUP, ROWS, EVEN, ON_DEVICE, STAGES, UNROLL,
+                width, KIND, GROUP, ROWS, BLOCK_T, EVEN, STAGES, UNROLL,
             )  # fmt: skip
     if WEIGHTED:
         weights = tl.load(row_weights + row, mask=live & (row < num_weighted), other=1.0)
@@ -282,34 +331,44 @@ def matmul(
 
 
 @triton.jit
+def swiglu_of(gates, ups, limit):
+    """min(silu(gates), limit) * clamp(ups), bf16. NaN stays NaN."""
+    activated = tl.minimum(gates * tl.sigmoid(gates), limit, propagate_nan=tl.PropagateNan.ALL)
+    ups = tl.minimum(ups, limit, propagate_nan=tl.PropagateNan.ALL)
+    return (activated * tl.maximum(ups, -limit, propagate_nan=tl.PropagateNan.ALL)).to(tl.bfloat16)
+
+
+@triton.jit
 def swiglu(
     x, gate, gate_scales, up, up_scales, shared_gate, shared_gate_scales, shared_up, shared_up_scales, rows, experts,
-    out, size, expert_codes, expert_scales, num_experts, num_routed, limit, shared_limit, in_features, steps, stride,
-    TOP_K: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
+    out, size, expert_codes, expert_scales, num_experts, num_routed, num_rows, limit, shared_limit, in_features,
+    steps, stride, TOP_K: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, row tiles): out[row] = min(silu(gate), limit) * clamp(up) of a row of x, bf16.
+    """Grid (row blocks, row tiles): out[row] bf16 [num_rows, size], `swiglu_of` gate and up of a row of x. IS_SPLIT:
+    grid (row blocks, 2 * row tiles, SPLITS), out [SPLITS, 2, num_rows, size] float32 for `activate` to add up.
 
     The row of x is row // TOP_K below num_routed, from there on row - num_routed: with SHARED, expert num_experts is
     the shared one. DENSE as in `matmul`, with num_routed rows.
     """
+    announce()
     block, tile = tl.program_id(0), tl.program_id(1)
     row = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    codes, scales, other_codes, other_scales = gate, gate_scales, up, up_scales
+    which = 0
+    if IS_SPLIT:
+        which, tile = tile % 2, tile // 2
     if DENSE:
-        expert = tl.zeros([], tl.int64)
         live = row < num_routed
     else:
+        wait()
         expert = tl.load(experts + block).to(tl.int64)
         if expert > num_experts or (expert == num_experts and not SHARED):
             return
         row = tl.load(rows + row)
         live = row >= 0
-    source = tl.where(row < num_routed, row // TOP_K, row - num_routed)
-    codes, scales = gate + expert * expert_codes, gate_scales + expert * expert_scales
-    other_codes, other_scales = up + expert * expert_codes, up_scales + expert * expert_scales
-    if SHARED:  # noqa: SIM102 (known when it is compiled; what is inside is not)
-        if expert == num_experts:
+        if SHARED and expert == num_experts:
             codes, scales, other_codes, other_scales = (
                 shared_gate,
                 shared_gate_scales,
@@ -317,30 +376,78 @@ def swiglu(
                 shared_up_scales,
             )
             limit = shared_limit
-    codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
-    other_codes, other_scales, _ = begin_rows(
-        other_codes, other_scales, tile * ROWS, size, stride, KIND, ROWS
-    )
-    gates = tl.zeros([ROWS, BLOCK_T], tl.float32)
-    ups = tl.zeros([ROWS, BLOCK_T], tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        gates = add_step(
-            gates, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS, EVEN,
-            ON_DEVICE,
-        )  # fmt: skip
-        ups = add_step(
-            ups, other_codes, other_scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS,
-            EVEN, ON_DEVICE,
-        )  # fmt: skip
-    activated = tl.minimum(gates * tl.sigmoid(gates), limit, propagate_nan=tl.PropagateNan.ALL)
-    ups = tl.minimum(ups, limit, propagate_nan=tl.PropagateNan.ALL)
-    ups = tl.maximum(ups, -limit, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            codes, scales = gate + expert * expert_codes, gate_scales + expert * expert_scales
+            other_codes, other_scales = up + expert * expert_codes, up_scales + expert * expert_scales
+    source = tl.where(row < num_routed, row // TOP_K, row - num_routed)
+    per_split = (steps + SPLITS - 1) // SPLITS
     n = tile * ROWS + tl.arange(0, ROWS)
-    at = row.to(tl.int64)[None, :] * size + n[:, None]
-    tl.store(out + at, (activated * ups).to(tl.bfloat16), mask=live[None, :] & (n < size)[:, None])
+    inside = live[None, :] & (n < size)[:, None]
+    if IS_SPLIT:
+        if which == 1:
+            codes, scales = other_codes, other_scales
+        codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
+        first = tl.program_id(2) * per_split
+        if DENSE:
+            fetch_rows(codes, first, stride, KIND, GROUP, ROWS)
+            wait()
+        sums = add_steps(
+            tl.zeros([ROWS, BLOCK_T], tl.float32), codes, scales, x, source, live, first,
+            tl.minimum(first + per_split, steps), in_features, stride, width, KIND, GROUP, ROWS, BLOCK_T, EVEN,
+            STAGES, UNROLL,
+        )  # fmt: skip
+        at = ((tl.program_id(2) * 2 + which) * num_rows + row.to(tl.int64))[None, :] * size + n[:, None]
+        tl.store(out + at, sums, mask=inside)
+    else:
+        if DENSE:
+            wait()
+        codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
+        other_codes, other_scales, _ = begin_rows(
+            other_codes, other_scales, tile * ROWS, size, stride, KIND, ROWS
+        )
+        gates = tl.zeros([ROWS, BLOCK_T], tl.float32)
+        ups = tl.zeros([ROWS, BLOCK_T], tl.float32)
+        for split in range(SPLITS):
+            gate_part = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            up_part = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            first = split * per_split
+            for step in tl.range(
+                first, tl.minimum(first + per_split, steps), num_stages=STAGES, loop_unroll_factor=UNROLL
+            ):
+                gate_part = add_step(
+                    gate_part, codes, scales, x, source, live, step, in_features, stride, width, KIND, GROUP, ROWS,
+                    BLOCK_T, EVEN,
+                )  # fmt: skip
+                up_part = add_step(
+                    up_part, other_codes, other_scales, x, source, live, step, in_features, stride, width, KIND,
+                    GROUP, ROWS, BLOCK_T, EVEN,
+                )  # fmt: skip
+            gates += gate_part
+            ups += up_part
+        tl.store(
+            out + row.to(tl.int64)[None, :] * size + n[:, None], swiglu_of(gates, ups, limit), mask=inside
+        )
 
 
 # ---- what follows them --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activate(
+    parts, out, num_rows, size, num_routed, limit, shared_limit, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (num_rows, column blocks): `swiglu_of` the sums over parts [SPLITS, 2, num_rows, size], in order."""
+    enter()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    gates = tl.zeros([BLOCK], tl.float32)
+    ups = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        gates += tl.load(parts + (split * 2 * num_rows + row) * size + column, mask=inside, other=0.0)
+        ups += tl.load(parts + ((split * 2 + 1) * num_rows + row) * size + column, mask=inside, other=0.0)
+    result = swiglu_of(gates, ups, tl.where(row < num_routed, limit, shared_limit))
+    tl.store(out + row * size + column, result, mask=inside)
 
 
 @triton.jit
@@ -348,6 +455,7 @@ def finish(
     parts, residual, out, num_tokens, size, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid (num_tokens, column blocks): parts [SPLITS, num_tokens, size] in order, plus the residual."""
+    enter()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -368,6 +476,7 @@ def combine(
 
     routed [num_tokens * TOP_K, size]; parts [PARTS, num_tokens, size], of the shared expert; float32.
     """
+    enter()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -387,6 +496,7 @@ def combine(
 @triton.jit
 def gated(x, gate, out, num_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid (num_tokens, num_heads): x [num_tokens, num_heads, HEAD_DIM] times sigmoid(gate), one for each head."""
+    enter()
     row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
     dim = tl.arange(0, BLOCK_D)
     inside = dim < HEAD_DIM

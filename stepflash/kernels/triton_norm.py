@@ -7,12 +7,15 @@ Norms are zero-centred (times 1 + weight), computed in float32 and rounded once.
 import triton
 import triton.language as tl
 
+from stepflash.kernels.triton_start import enter
+
 
 @triton.jit
 def rms_norm(
     x, residual, weight, out, total, size, eps, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):  # fmt: skip
     """Grid (rows,). With a residual the sum is rounded to x's dtype first and stored in `total`."""
+    enter()
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -33,6 +36,7 @@ def norm_rope(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, NUM_HEADS): norm of one head, then dimensions (j, j + HALF), j < HALF, turn."""
+    enter()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim = tl.arange(0, BLOCK_D)
     inside, turns = dim < HEAD_DIM, dim < 2 * HALF
@@ -69,6 +73,7 @@ def finish_heads(
 ):  # fmt: skip
     """Grid (num_tokens, heads of q, k and v, and one for the gate): adds the parts of the projections and rounds them
     as `linear` does, then norm and rotation of q's and k's heads as in `norm_rope`."""
+    enter()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     if head == HEADS:

@@ -4,33 +4,44 @@
 import triton
 import triton.language as tl
 
+from stepflash.kernels.triton_start import announce, enter, wait
+
 
 @triton.jit
 def router_logits(
-    x, weight, out, num_tokens, num_experts, in_features, per_split, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    x, weight, out, num_tokens, num_experts, in_features, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (token blocks, expert blocks, splits): out [splits, num_tokens, num_experts], float32 throughout."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Grid (token blocks, expert blocks, splits of BLOCK_K columns): out [splits, num_tokens, num_experts] float32.
+
+    A token's sum is one reduction, whatever other tokens the program has.
+    """
+    announce()
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    sums = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-    begin = tl.program_id(2) * per_split
-    for first in range(begin, tl.minimum(begin + per_split, in_features), BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        inside = k < in_features
-        weights = tl.load(
-            weight + expert[:, None] * in_features + k[None, :],
-            mask=(expert < num_experts)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        tokens = tl.load(
-            x + token[None, :].to(tl.int64) * in_features + k[:, None],
-            mask=(token < num_tokens)[None, :] & inside[:, None],
-            other=0.0,
-        )
-        sums = tl.dot(weights, tokens.to(tl.float32), sums, input_precision="ieee")
-    at = (tl.program_id(2) * num_tokens + token).to(tl.int64)[None, :] * num_experts + expert[:, None]
-    tl.store(out + at, sums, mask=(token < num_tokens)[None, :] & (expert < num_experts)[:, None])
+    k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < in_features
+    weights = tl.load(
+        weight + expert[:, None] * in_features + k[None, :],
+        mask=(expert < num_experts)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    wait()
+    begin = tl.program_id(0) * BLOCK_T
+    for token in range(begin, tl.minimum(begin + BLOCK_T, num_tokens)):
+        wide = tl.full([], 0, tl.int64) + token
+        values = tl.load(x + wide * in_features + k, mask=inside, other=0.0).to(tl.float32)
+        sums = tl.sum(weights * values[None, :], 1)
+        at = (tl.program_id(2) * num_tokens + wide) * num_experts + expert
+        tl.store(out + at, sums, mask=expert < num_experts)
+
+
+@triton.jit
+def add_logits(logits, token, expert, mask, num_tokens, num_experts, SPLITS: tl.constexpr):
+    """The sum over splits [SPLITS, num_tokens, num_experts] in order, of some experts."""
+    total = tl.load(logits + token * num_experts + expert, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(logits + (split * num_tokens + token) * num_experts + expert, mask=mask, other=0.0)
+    return total
 
 
 @triton.jit
@@ -39,14 +50,11 @@ def choose_experts(
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens,): the best of sigmoid(logits) + bias, ties to the lower expert; as `reference.route`."""
+    enter()
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     inside = expert < num_experts
-    total = tl.zeros([BLOCK_E], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(logits + (split * num_tokens + token) * num_experts + expert, mask=inside, other=0.0)
-    probability = tl.sigmoid(total)
-    ranked = probability
+    ranked = tl.sigmoid(add_logits(logits, token, expert, inside, num_tokens, num_experts, SPLITS))
     if HAS_BIAS:
         ranked += tl.load(bias + expert, mask=inside, other=0.0)
     # NaN is taken first, so that the token it belongs to shows it.
@@ -54,16 +62,17 @@ def choose_experts(
     ranked = tl.where(inside, ranked, float("-inf"))
     place = tl.arange(0, BLOCK_K)
     ids = tl.zeros([BLOCK_K], tl.int32)
-    chosen = tl.zeros([BLOCK_K], tl.float32)
     for choice in tl.static_range(TOP_K):
         best = tl.argmax(ranked, 0)
-        here = expert == best
         ids = tl.where(place == choice, best, ids)
-        chosen = tl.where(place == choice, tl.sum(tl.where(here, probability, 0.0), 0), chosen)
-        ranked = tl.where(here, float("-inf"), ranked)
+        ranked = tl.where(expert == best, float("-inf"), ranked)
+    # The chosen ones again: cheaper than to look them up in what the program holds.
+    live = place < TOP_K
+    chosen = tl.sigmoid(add_logits(logits, token, ids, live, num_tokens, num_experts, SPLITS))
+    chosen = tl.where(live, chosen, 0.0)
     weights = chosen / (tl.sum(chosen, 0) + 1e-20) * scaling_factor
-    tl.store(topk_ids + token * TOP_K + place, ids.to(tl.int64), mask=place < TOP_K)
-    tl.store(topk_weights + token * TOP_K + place, weights, mask=place < TOP_K)
+    tl.store(topk_ids + token * TOP_K + place, ids.to(tl.int64), mask=live)
+    tl.store(topk_weights + token * TOP_K + place, weights, mask=live)
 
 
 @triton.jit
@@ -76,6 +85,7 @@ def group_rows(
     The first num_shared_blocks hold rows num_rows .. num_rows + num_tokens - 1 of expert num_experts; blocks that are
     not needed have expert num_experts + 1. first_blocks [BLOCK_E] is room to work in.
     """
+    enter()
     lane = tl.arange(0, BLOCK_R)
     expert = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)

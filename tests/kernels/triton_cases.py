@@ -63,7 +63,7 @@ def bf16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks from few keys, and few rows: the interpreter is slow."""
     monkeypatch.setattr(cuda, "CHUNK", 32)
-    monkeypatch.setattr(cuda, "KEY_TILE", 16)
+    monkeypatch.setattr(cuda, "KEY_TILE", 32)  # 16 of float32: the least a device takes
     monkeypatch.setattr(cuda, "ATTENTION_ROWS", 16)
 
 
@@ -75,7 +75,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_registers_for_cuda_alone() -> None:
-    names = ["rms_norm", "add_rms_norm", "linear", "moe", "qk_norm_rope", "qkv_gate"]
+    names = ["rms_norm", "add_rms_norm", "linear", "route", "moe", "qk_norm_rope", "qkv_gate", "best_tokens"]
     names += ["cache_write", "paged_attention", "cached_attention"]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if DEVICE == "cpu":
@@ -362,6 +362,21 @@ def test_cached_attention_writes_first() -> None:
     actual = cuda.cached_attention(q, k, v, cache.keys, cache.values, *rest)
     torch.testing.assert_close(actual, reference.cached_attention(q, k, v, *copies, *rest))
     assert torch.equal(cache.keys.nan_to_num(7), copies[0].nan_to_num(7))
+
+
+def test_best_tokens() -> None:
+    logits = randn(6, 5000)
+    logits[1, [700, 4100]] = 9.0  # the lower of two
+    logits[2, 4999] = 99.0  # beyond the limit
+    logits[3, 77] = math.nan
+    logits[4] = -math.inf
+    ids, values = cuda.best_tokens(logits, 4500)
+    expected_ids, expected = reference.best_tokens(logits, 4500)
+    assert ids.tolist() == expected_ids.tolist()
+    assert ids[1] == 700
+    assert not values[3].isfinite()
+    rows = [0, 1, 2, 4, 5]
+    assert values[rows].tolist() == expected[rows].tolist()
 
 
 # ---- the engine --------------------------------------------------------------------------------------------

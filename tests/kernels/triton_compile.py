@@ -16,7 +16,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stepflash.kernels import cuda, cuda_layout, triton_attention, triton_matmul, triton_norm, triton_router
+from stepflash.kernels import (
+    cuda,
+    cuda_layout,
+    triton_attention,
+    triton_matmul,
+    triton_norm,
+    triton_router,
+    triton_sampling,
+)
 from stepflash.kernels.formats import Format
 
 _TYPES = {
@@ -87,7 +95,8 @@ def main(capability: int) -> None:
     kernels: list[tuple[ModuleType, list[str]]] = [
         (triton_attention, ["attend", "merge_splits", "write_slots"]),
         (triton_norm, ["rms_norm", "norm_rope", "finish_heads"]),
-        (triton_matmul, ["matmul", "swiglu", "combine", "finish", "gated"]),
+        (triton_matmul, ["matmul", "swiglu", "activate", "combine", "finish", "gated"]),
+        (triton_sampling, ["best_of_chunk", "best_of_row"]),
         (triton_router, ["router_logits", "choose_experts", "group_rows"]),
     ]
     for module, names in kernels:
@@ -141,6 +150,7 @@ def main(capability: int) -> None:
                 cuda.paged_attention(
                     q[:seqs], *cache, table[:seqs, :length], lens, bounds, window, 0.1, 0, q[:seqs, :, 0], *scales
                 )  # fmt: skip
+    cuda.best_tokens(torch.zeros(2, 128896), 128815)
     print(f"compiled {len(seen)} kernels for sm_{capability}")
 
 
