@@ -78,8 +78,9 @@ class GraphNetwork:
         self._best = torch.zeros((2, MOST), dtype=torch.int32, device=device)
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs.replays)
+    def num_captured(self) -> int:
+        """Passes captured since the start; a step that captures takes long, once."""
+        return self._graphs.num_captured
 
     def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass:
         return self._run(0, spans, None, rows) or self._eager.trunk(spans, rows)

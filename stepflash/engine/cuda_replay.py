@@ -22,6 +22,8 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 MOST = SIZES[-1]
 # Narrower tables would save nothing.
 LEAST_WIDTH = 64
+# Each takes some memory; beyond so many the one that was not used for longest goes.
+MOST_GRAPHS = 256
 
 # Takes a function of no arguments, and whether it is the first of its kind; returns one that does again what that
 # did to its tensors.
@@ -56,7 +58,7 @@ class Tables:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._num_columns = cache.tables[0].shape[1]
+        self._num_columns = round_up(cache.tables[0].shape[1], 8)  # rows begin at multiples of 64 bytes
         self._staged = Staged(MOST * 2 * self._num_columns, cache.device)
         # What is there: the width, which sequences with how many blocks, and the number of rows.
         self._held: tuple[int, list[tuple[SequenceBlocks, int, int]], int] = 0, [], 0
@@ -89,29 +91,43 @@ class Tables:
 
 
 class Graphs:
-    """Functions over buffers, by key: captured at first use, then replayed. A key begins with its kind."""
+    """Functions over buffers, by key: captured at first use, then replayed. A key begins with its kind.
+
+    `replays`: None where there was not enough memory. `num_captured`: since the start.
+    """
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self.replays: dict[tuple[Hashable, ...], Callable[[], None]] = {}
+        self.replays: dict[tuple[Hashable, ...], Callable[[], None] | None] = {}
+        self.num_captured = 0
         self.is_off = False
 
     def run(self, key: tuple[Hashable, ...], compute: Callable[[], None]) -> bool:
-        """False, and nothing done that matters, if this cannot be captured; then nothing is any more."""
-        replay = self.replays.get(key)
+        """False, and nothing done that matters, if this cannot be captured."""
+        if key in self.replays:
+            replay = self.replays.pop(key)  # put at the end again
+        else:
+            replay = self._captured(key, compute)
+            if len(self.replays) >= MOST_GRAPHS:
+                del self.replays[next(iter(self.replays))]
+        self.replays[key] = replay
         if replay is None:
-            try:
-                is_first = all(other[0] != key[0] for other in self.replays)
-                replay = self.replays[key] = self._capture(compute, is_first)
-            except Exception:
-                self.is_off = True
-                logger.warning(
-                    "CUDA graphs are off, decoding will be slower: a pass could not be captured",
-                    exc_info=True,
-                )
-                return False
+            return False
         replay()
         return True
+
+    def _captured(self, key: tuple[Hashable, ...], compute: Callable[[], None]) -> Callable[[], None] | None:
+        self.num_captured += 1
+        try:
+            return self._capture(compute, all(other[0] != key[0] for other in self.replays))
+        except torch.OutOfMemoryError:
+            logger.warning("not enough memory for a CUDA graph, some passes will be slower: %s", key)
+        except Exception:
+            self.is_off = True
+            logger.warning(
+                "CUDA graphs are off, decoding will be slower: a pass could not be captured", exc_info=True
+            )
+        return None
 
 
 def cuda_capture(device: torch.device) -> Capture:

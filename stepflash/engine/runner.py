@@ -79,8 +79,8 @@ class Runner:
 
     @property
     def num_captured(self) -> int:
-        """Passes captured so far; a step that captures takes long, once."""
-        return self.network.num_graphs if isinstance(self.network, GraphNetwork) else 0
+        """See `GraphNetwork`."""
+        return self.network.num_captured if isinstance(self.network, GraphNetwork) else 0
 
     @torch.inference_mode()
     def run_trunk(self, plan: Seq[Scheduled], adaptive_depth: int = 0) -> list[TrunkResult]:

@@ -39,12 +39,12 @@ def new_core(model: Step3p5ForCausalLM, has_graphs: bool, **options: object) -> 
     return core
 
 
-def num_graphs(core: EngineCore) -> int:
+def num_captured(core: EngineCore) -> int:
     """How many there are, if all passes could be captured."""
     network = core.runner.network
     assert isinstance(network, GraphNetwork)
     assert not network._graphs.is_off
-    return network.num_graphs
+    return network.num_captured
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
                 if got.greedy is not None:
                     best = got.logits.max(-1)
                     assert got.greedy == (best.indices.tolist(), best.values.tolist())
-    assert num_graphs(core) == 12  # passes of 96, 12 and 4 tokens
+    assert num_captured(core) == 12  # passes of 96, 12 and 4 tokens
 
 
 def test_greedy_answers_are_the_same_with_graphs_and_drafts(
@@ -118,7 +118,7 @@ def test_greedy_answers_are_the_same_with_graphs_and_drafts(
         finished = drive(core, *requests(prompts, draft_depth=depth))
         found[has_graphs, depth] = {name: entry.token_ids for name, entry in finished.items()}
         if has_graphs:
-            assert num_graphs(core) > 1
+            assert num_captured(core) > 1
         if depth:
             assert sum(sum(entry.stats.num_accepted_tokens) for entry in finished.values()) > 10
     assert all(tokens == found[False, 0] for tokens in found.values())
@@ -159,7 +159,7 @@ def test_a_greedy_step_waits_for_the_device_once(
     core = new_core(nano, True, prefix_caching=False)
     asked = requests(prompts, draft_depth=3)
     drive(core, *asked)  # the second time all is captured
-    before = num_graphs(core)
+    before = num_captured(core)
     for request in asked:
         core.add(request)
     core.step()
@@ -181,7 +181,7 @@ def test_a_greedy_step_waits_for_the_device_once(
         torch.cuda.set_sync_debug_mode("default")
     assert [output.error for output in outputs] == [None] * 9
     assert len(reads) == 3
-    assert num_graphs(core) == before
+    assert num_captured(core) == before
 
 
 def test_what_cannot_be_captured_runs_all_the_same(

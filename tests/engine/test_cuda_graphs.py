@@ -94,7 +94,7 @@ def graph_network(core: EngineCore) -> GraphNetwork:
 @pytest.fixture(autouse=True)
 def opaque_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference asks for lengths as numbers, which no kernel does; a tape must not see into it."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     monkeypatch.setattr(
         ops, "cached_attention", lambda *args: torch.ops.stepflash_tests.cached_attention(*args)
     )
@@ -117,6 +117,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
     rng = random.Random(f"{quantization} {kv_dtype}")
     graphs, plain = graph_network(core), ModelNetwork(core.runner.model, core.cache)
     sequences = [[core.cache.open(), 0] for _ in range(40)]
+    written = [tensor.clone() for tensor in cache_of(core)]
     for step in range(60):
         if step % 20 == 19:  # somebody ends, and another takes the row and some of the blocks
             ended = rng.randrange(len(sequences))
@@ -144,18 +145,20 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
                 shifted = [Span(s.blocks, s.start + 3, s.token_ids) for s in spans]
                 previous = got.hidden_states
                 expected = plain.module(module, shifted, previous, rows)
-                written = cache_of(core)
+                if module == 3:
+                    for then, now in zip(written, cache_of(core), strict=True):
+                        then.copy_(now)
                 got = graphs.module(module, shifted, previous, rows)
                 check_equal(got, expected, core.sampler.vocab_limit)
-                assert all(map(torch.equal, cache_of(core), written))
-    assert 20 < graphs.num_graphs < 180
+            assert all(map(torch.equal, cache_of(core), written))
+    assert 20 < graphs.num_captured < 180
     assert len({key[-1] for key in graphs._graphs.replays}) > 2
 
 
 def cache_of(core: EngineCore) -> list[Tensor]:
     layers = core.cache.layers.values()
     tensors = [t for layer in layers for t in (layer.keys, layer.values, layer.k_scale, layer.v_scale)]
-    return [t.clone() for t in tensors if t is not None]
+    return [t for t in tensors if t is not None]
 
 
 def check_equal(got: Pass, expected: Pass, vocab_limit: int) -> None:
@@ -178,7 +181,7 @@ def test_large_passes_and_passes_without_logits_run_as_ever() -> None:
             got = graphs.trunk(spans, rows)
             assert torch.equal(got.hidden_states, expected.hidden_states)
             assert torch.equal(got.logits, expected.logits)
-    assert not graphs.num_graphs
+    assert not graphs.num_captured
 
 
 def test_the_best_token_is_below_the_limit_the_first_of_equals_and_tells_nan() -> None:
@@ -235,6 +238,28 @@ def nano_and_prompts() -> tuple[Step3p5ForCausalLM, list[list[int]]]:
     return model, [tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0])) for task in tasks]
 
 
+def test_what_has_no_room_runs_all_the_same_and_old_graphs_go(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_replay, "MOST_GRAPHS", 2)
+
+    def capture(run: Callable[[], None], is_first: bool) -> Callable[[], None]:
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run
+
+    graphs, calls = cuda_replay.Graphs(capture), []
+    with caplog.at_level(logging.WARNING):
+        for size in (1, 2, 2, 1, 3, 2, 1):
+            key = "kind", size
+            calls.append(graphs.run(key, lambda: None))
+    assert calls == [True, False, False, True, True, True, True]
+    assert list(graphs.replays) == [("kind", 2), ("kind", 1)]
+    assert graphs.num_captured == 5
+    assert not graphs.is_off
+    assert [r.message.split(",")[0] for r in caplog.records] == ["not enough memory for a CUDA graph"]
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_engine_answers_the_same(
@@ -264,7 +289,7 @@ def test_the_engine_answers_the_same(
             [(f.token_ids, [o.logprobs for o in f.outputs], f.stats.num_accepted_tokens) for f in finished]
         )
         if has_graphs:
-            assert core.runner.network.num_graphs > 2
+            assert core.runner.network.num_captured > 2
     assert found[0] == found[1]
     if depth and not temperature:
         assert sum(sum(accepted) for _, _, accepted in found[0]) > 5
