@@ -7,6 +7,7 @@ free, then the tokens of the closing are dictated one by one, and behind them it
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -183,14 +184,22 @@ def thought_limit(
             num_tokens, reason = left, "task_budget"
     if num_tokens is None and not thinking.stops_loops:
         return None
-    end = tokenizer.think_end_id
+    closing, loop_closing = _closings(tokenizer)
     return ThoughtLimit(
         num_tokens,
-        [*tokenizer.encode(CLOSING_TEXT), end],
-        loop_closing=[*tokenizer.encode(LOOP_CLOSING_TEXT), end] if thinking.stops_loops else (),
+        closing,
+        loop_closing=loop_closing if thinking.stops_loops else (),
         reason=reason,  # type: ignore[arg-type]
         token_bytes=tokenizer.token_bytes,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _closings(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that close a thought, and those that close a loop."""
+    end = tokenizer.think_end_id
+    assert end is not None
+    return (*tokenizer.encode(CLOSING_TEXT), end), (*tokenizer.encode(LOOP_CLOSING_TEXT), end)
 
 
 def limit_of(constraint: Constraint | None) -> ThoughtLimit | None:

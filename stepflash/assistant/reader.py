@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from stepflash.assistant.budget import limit_of
 from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
@@ -61,6 +60,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that is safe to show, and the stop string that was found, if one was (then nothing follows)."""
+        if not self._stop:
+            return text, None
         text = self._held + text
         # The one that is complete first, so that the result does not depend on how the text was cut.
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
@@ -158,7 +159,12 @@ class AnswerReader:
         )
         self.is_finished = False
 
-    def read(self, output: Output) -> Iterator[StreamItem]:
+    def read(self, output: Output) -> list[StreamItem]:
+        """What an output of the engine amounts to.
+
+        Raises:
+            EngineError, QueueFull: it says that the request failed.
+        """
         if output.finish_reason == "error" or output.error is not None:
             raise EngineError(output.error or "the engine failed while running this request")
         token_ids = output.token_ids
@@ -171,8 +177,7 @@ class AnswerReader:
             while text_ids and text_ids[-1] in self._eos_token_ids:
                 text_ids = text_ids[:-1]
         self._count(token_ids, output.stats)
-        yield Progress(text_ids, output.logprobs[: len(text_ids)], self._usage)
-
+        items: list[StreamItem] = [Progress(text_ids, output.logprobs[: len(text_ids)], self._usage)]
         text = self._pending_prefill + self._text(text_ids, output.logprobs)
         self._pending_prefill = ""
         if reason is not None:
@@ -181,11 +186,15 @@ class AnswerReader:
         if reason is not None:
             events = [*events, *self._parser.finish(reason)]
         for event in events:
+            if isinstance(event, ReasoningDelta):
+                items.append(event)
+                continue
             for shown in self._filter(event):
-                yield from self._text_logprobs(shown)
-                yield shown
+                items += self._text_logprobs(shown)
+                items.append(shown)
             if self.is_finished:
-                return
+                break
+        return items
 
     def _text(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:
         if self._places is None:
@@ -196,14 +205,15 @@ class AnswerReader:
             self._places.add(token, texts[-1])
         return "".join([*texts, self._detokenizer.push(token_ids[len(texts) :])])
 
-    def _text_logprobs(self, event: Event) -> Iterator[TextLogprobs]:
+    def _text_logprobs(self, event: Event) -> Sequence[TextLogprobs]:
+        if self._places is None:
+            return ()
         found = TextLogprobs()
-        if self._places is not None and isinstance(event, ContentDelta):
+        if isinstance(event, ContentDelta):
             found = self._places.take(event)
-        elif self._places is not None and isinstance(event, Finish):
+        elif isinstance(event, Finish):
             found = self._places.take_all()
-        if found.other or found.content:
-            yield found
+        return (found,) if found.other or found.content else ()
 
     def _check_deadline(self, num_new_tokens: int) -> None:
         """The time is over: what there is becomes the answer, cut; without any of it there is none to give."""
@@ -249,23 +259,28 @@ class AnswerReader:
                 num_reasoning = token_ids.index(self._think_end_id) + 1
                 self._is_reasoning = False
         usage = self._usage
-        changes: dict[str, Any] = {
-            "completion_tokens": usage.completion_tokens + len(token_ids),
-            "reasoning_tokens": usage.reasoning_tokens + num_reasoning,
-        }
-        if usage.task_reasoning_tokens is not None:
-            changes["task_reasoning_tokens"] = usage.task_reasoning_tokens + num_reasoning
+        task_reasoning_tokens, thinking_cut = usage.task_reasoning_tokens, usage.thinking_cut
+        if task_reasoning_tokens is not None:
+            task_reasoning_tokens += num_reasoning
         if was_reasoning and not self._is_reasoning and self._limit is not None:
-            changes["thinking_cut"] = self._limit.cut
-        if stats is not None:
-            changes |= {
-                "cached_tokens": stats.num_cached_tokens,
-                "drafted_tokens": sum(stats.num_drafted_tokens),
-                "accepted_draft_tokens": sum(stats.num_accepted_tokens),
-                "num_steps": stats.num_steps,
-                "queue_seconds": stats.queue_seconds,
-            }
-        self._usage = replace(usage, **changes)
+            thinking_cut = self._limit.cut
+        # Every output comes by here; `replace` would take twice the time.
+        self._usage = Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens + len(token_ids),
+            reasoning_tokens=usage.reasoning_tokens + num_reasoning,
+            cached_tokens=usage.cached_tokens if stats is None else stats.num_cached_tokens,
+            drafted_tokens=usage.drafted_tokens if stats is None else sum(stats.num_drafted_tokens),
+            accepted_draft_tokens=(
+                usage.accepted_draft_tokens if stats is None else sum(stats.num_accepted_tokens)
+            ),
+            num_steps=usage.num_steps if stats is None else stats.num_steps,
+            queue_seconds=usage.queue_seconds if stats is None else stats.queue_seconds,
+            thinking_budget=usage.thinking_budget,
+            thinking_cut=thinking_cut,
+            task_reasoning_tokens=task_reasoning_tokens,
+            deadline_reached=usage.deadline_reached,
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

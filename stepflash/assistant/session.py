@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -35,7 +36,8 @@ EMPTY_THOUGHT = "\n</think>\n"  # behind the `<think>` with which a prompt ends
 class EngineClient(Protocol):
     """What a session needs of an engine; ours and a remote one both provide it.
 
-    One that cannot follow constraints says so with an attribute `takes_constraints` that is False.
+    One that cannot follow constraints says so with an attribute `takes_constraints` that is False; one that can say
+    what its cache holds of a prompt has a method `lookup`.
     """
 
     def submit(self, request: Request) -> AsyncIterator[Output]: ...
@@ -43,13 +45,6 @@ class EngineClient(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> Any: ...
-
-
-@runtime_checkable
-class LooksUp(Protocol):
-    """An engine that can say what its cache holds of a prompt; a remote one cannot."""
-
-    def lookup(self, request: Request) -> CacheLookup | None: ...
 
 
 class PromptText(NamedTuple):
@@ -240,7 +235,8 @@ class Session:
 
     def lookup(self, prompt: Prompt) -> CacheLookup | None:
         """What the prefix cache has of a prompt now; None where that is not known."""
-        return self.engine.lookup(prompt.request) if isinstance(self.engine, LooksUp) else None
+        lookup: Callable[[Request], CacheLookup | None] | None = getattr(self.engine, "lookup", None)
+        return None if lookup is None else lookup(prompt.request)
 
     async def aclose(self) -> None:
         """Close what the engine holds open for this event loop, when nothing runs here any more."""
@@ -258,19 +254,24 @@ class Session:
             RequestError: the engine refuses the request, now.
             EngineError: the engine failed while running it; raised by the stream.
         """
+        return _one_by_one(self.batches(prompt))
+
+    def batches(self, prompt: Prompt) -> AsyncGenerator[list[StreamItem]]:
+        """`answer`, with all items that came together in one list. Raises what that raises."""
         return self._read(prompt, self.engine.submit(prompt.request))
 
-    async def _read(self, prompt: Prompt, outputs: AsyncIterator[Output]) -> AsyncGenerator[StreamItem]:
+    async def _read(self, prompt: Prompt, outputs: AsyncIterator[Output]) -> AsyncGenerator[list[StreamItem]]:
         reader = AnswerReader(prompt, self.tokenizer)
         whole = Fold() if prompt.task is not None else None
         is_running = True
         try:
             async for output in outputs:
                 is_running = output.finish_reason is None
-                for item in reader.read(output):
-                    if whole is not None:
+                items = reader.read(output)
+                if whole is not None:
+                    for item in items:
                         whole.add(item)
-                    yield item
+                yield items
                 if reader.is_finished or not is_running:
                     break
         finally:
@@ -300,8 +301,18 @@ class Session:
         )
 
 
+async def _one_by_one(batches: AsyncGenerator[list[StreamItem]]) -> AsyncGenerator[StreamItem]:
+    async with aclosing(batches):
+        async for items in batches:
+            for item in items:
+                yield item
+
+
 def as_choice(prompt: Prompt, index: int) -> Prompt:
-    """The same prompt as request number `index` of several; a given seed moves by the index."""
+    """The same prompt as request number `index` of several; a given seed moves by the index. Number 0 is the prompt
+    itself: submit only one of them."""
+    if index == 0:
+        return prompt
     sampling = prompt.request.sampling
     if sampling.seed is not None:
         sampling = replace(sampling, seed=sampling.seed + index)

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from stepflash.assistant.budget import Cut
 from stepflash.chat.messages import (
@@ -104,6 +104,7 @@ class TextLogprobs:
 
 
 StreamItem = Progress | TextLogprobs | Event
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,8 +198,8 @@ async def fold(stream: AsyncIterator[StreamItem]) -> Answer:
     return collected.answer()
 
 
-async def merge(streams: Sequence[AsyncGenerator[StreamItem]]) -> AsyncGenerator[tuple[int, StreamItem]]:
-    """The items of several streams as they come, each with the index of its stream.
+async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """The items of several streams, or their batches, as they come, each with the index of its stream.
 
     The first failure ends them all; closing this closes every stream.
     """
@@ -207,9 +208,9 @@ async def merge(streams: Sequence[AsyncGenerator[StreamItem]]) -> AsyncGenerator
             async for item in stream:
                 yield 0, item
         return
-    queue: asyncio.Queue[tuple[int, StreamItem | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, T | None]] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncGenerator[StreamItem]) -> None:
+    async def pump(index: int, stream: AsyncGenerator[T]) -> None:
         try:
             async with aclosing(stream):
                 async for item in stream:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from enum import Enum, auto
 
 from stepflash.chat.messages import (
@@ -93,9 +92,22 @@ class OutputParser:
 
     def push(self, text: str) -> list[Event]:
         """The events that `text` completes; text that could still become part of a tag is held back."""
-        self._reader.text += text
+        reader = self._reader
+        has_nothing_held = text and not reader.text and not self._skips_newline
+        reader.text += text
         self._num_chars += len(text)
-        return self._run()
+        # Nearly all text comes by these two short cuts; they do what `_run` would.
+        if has_nothing_held and self._phase is _Phase.CONTENT:
+            self._content_step()
+            if self.in_reasoning:
+                return self._run()
+        elif has_nothing_held and self._phase is _Phase.REASONING and "<" not in text:
+            self._write_reasoning(text)
+        else:
+            return self._run()
+        reader.text, self._position = "", 0
+        events, self._events = self._events, []
+        return events
 
     def finish(self, reason: FinishReason) -> list[Event]:
         """The remaining events, the last of them `Finish`: with reason "tool_calls" instead of "stop" if there
@@ -222,8 +234,9 @@ class OutputParser:
 
     def _placed(self, events: Sequence[Event]) -> list[Event]:
         """Events of the content, with places in the whole input."""
+        start = self._content_start
         return [
-            replace(event, end=self._content_start + event.end) if isinstance(event, ContentDelta) else event
+            ContentDelta(event.text, start + event.end) if isinstance(event, ContentDelta) else event
             for event in events
         ]
 

@@ -180,10 +180,8 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these ids complete; the bytes of an unfinished character wait for the next call."""
-        data = b"".join(
-            self._tokenizer.token_bytes(token_id) for token_id in token_ids if token_id not in self._hidden
-        )
-        return self._decoder.decode(data)
+        token_bytes, hidden = self._tokenizer.token_bytes, self._hidden
+        return self._decoder.decode(b"".join([token_bytes(i) for i in token_ids if i not in hidden]))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the ids stopped inside a character, else nothing."""

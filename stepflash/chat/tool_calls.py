@@ -128,8 +128,17 @@ class ToolCallParser:
         return self._step in (self._function_step, self._value_start_step, self._value_step)
 
     def push(self, text: str) -> list[Event]:
-        self._reader.text += text
         self.num_chars += len(text)
+        reader = self._reader
+        is_held = reader.text or self.has_stopped or not text
+        reader.text += text
+        # Nearly all text comes by this short cut; it does what `_run` would.
+        if not is_held and "<" not in text and self._step == self._content_step:
+            self._position = len(text)
+            self._write_content(text)
+            reader.text, self._position = "", 0
+            events, self._events = self._events, []
+            return events
         return self._run()
 
     def finish(self) -> list[Event]:

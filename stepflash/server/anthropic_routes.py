@@ -46,10 +46,10 @@ class AnthropicRoutes:
             num_given_chars=len(body.prefill),
             is_context_limit=max_tokens is not None and max_tokens < body.max_tokens,
         )
-        events = _events(MessageEncoder(head), stream)
+        batches = _batches(MessageEncoder(head), stream)
         if body.stream:
-            return self.service.event_stream(request, _frames(events), _error_frame, keep_alive=PINGS)
-        return JSONResponse(await self.service.unless_gone(request, _whole(events)))
+            return self.service.event_stream(request, _frames(batches), _error_frame, keep_alive=PINGS)
+        return JSONResponse(await self.service.unless_gone(request, _whole(batches)))
 
     async def count_tokens(self, request: Request) -> Response:
         """Renders and encodes; the engine is not asked, so a full queue does not matter."""
@@ -68,26 +68,26 @@ class AnthropicRoutes:
         return JSONResponse({"input_tokens": await self.service.prepared(count)})
 
 
-async def _events(
-    encoder: MessageEncoder, stream: AsyncGenerator[StreamItem]
-) -> AsyncGenerator[dict[str, Any]]:
+async def _batches(
+    encoder: MessageEncoder, stream: AsyncGenerator[list[StreamItem]]
+) -> AsyncGenerator[list[dict[str, Any]]]:
+    """Events, those that came together in one list."""
     async with aclosing(stream):
-        for event in encoder.start():
-            yield event
-        async for item in stream:
-            for event in encoder.encode(item):
-                yield event
+        yield list(encoder.start())
+        async for batch in stream:
+            yield [event for item in batch for event in encoder.encode(item)]
 
 
-async def _frames(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-    async with aclosing(events):
-        async for event in events:
-            yield frame(event, event["type"])
+async def _frames(batches: AsyncGenerator[list[dict[str, Any]]]) -> AsyncGenerator[bytes]:
+    async with aclosing(batches):
+        async for batch in batches:
+            if batch:
+                yield b"".join([frame(event, event["type"]) for event in batch])
 
 
-async def _whole(events: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
-    async with aclosing(events):
-        return fold_message([event async for event in events])
+async def _whole(batches: AsyncGenerator[list[dict[str, Any]]]) -> dict[str, Any]:
+    async with aclosing(batches):
+        return fold_message([event async for batch in batches for event in batch])
 
 
 def _error_frame(error: StepflashError) -> bytes:

@@ -60,6 +60,13 @@ class CacheReport:
         """Prompt and answer."""
         return np.concatenate([self.prompt, np.array(self.answer_ids, dtype=np.int32)])
 
+    def token_at(self, index: int) -> int | None:
+        """Of the history; None behind its end."""
+        if index < len(self.prompt):
+            return int(self.prompt[index])
+        index -= len(self.prompt)
+        return self.answer_ids[index] if index < len(self.answer_ids) else None
+
     @property
     def kinds(self) -> list[str]:
         """Why no more was reused, the reason that cost most first; keys of `REASONS`."""
@@ -213,6 +220,11 @@ def _nearest(prompt: Tokens, reports: Iterable[CacheReport]) -> Nearest | None:
     best: CacheReport | None = None
     most = -1
     for report in reports:
+        if most == len(prompt):
+            break
+        # Whoever has more in common has the token behind it in common; one look settles most of them.
+        if most >= 0 and report.token_at(most) != prompt[most]:
+            continue
         num_shared = _num_shared(prompt, report)
         if num_shared > most:
             best, most = report, num_shared

@@ -22,6 +22,7 @@ from stepflash.chat.messages import (
 )
 from stepflash.engine.request import TokenLogprob
 from stepflash.server.openai_chat_decode import ChatRequest
+from stepflash.server.sse import frame, text_frame
 
 LOWEST_LOGPROB = -9999.0
 
@@ -50,25 +51,31 @@ def response(head: ResponseHead, answers: Sequence[Answer], token_bytes: TokenBy
     }
 
 
-async def chunks(
+async def frames(
     head: ResponseHead,
-    items: AsyncGenerator[tuple[int, StreamItem]],
+    batches: AsyncGenerator[tuple[int, list[StreamItem]]],
     request: ChatRequest,
     token_bytes: TokenBytes,
-) -> AsyncGenerator[dict[str, Any]]:
-    """The streamed reply: `items` are those of all choices as they come."""
+) -> AsyncGenerator[bytes]:
+    """The streamed reply: `batches` are the items of all choices as they come."""
     encoders = [ChoiceEncoder(head, index, token_bytes) for index in range(request.num_choices)]
     usages = [Usage()] * request.num_choices
-    yield _chunk(head, [encoder.start() for encoder in encoders])
-    async with aclosing(items):
-        async for index, item in items:
-            if isinstance(item, Progress):
-                usages[index] = item.usage
-            running = total_usage(usages, len(usages)) if request.continuous_usage else None
-            for choice in encoders[index].encode(item):
-                yield _chunk(head, [choice], running)
+    yield frame(_chunk(head, [encoder.start() for encoder in encoders]))
+    async with aclosing(batches):
+        async for index, batch in batches:
+            encoder, parts = encoders[index], []
+            for item in batch:
+                if isinstance(item, Progress):
+                    usages[index] = item.usage
+                elif not request.continuous_usage and (text := encoder.text_frame(item)) is not None:
+                    parts.append(text)
+                else:
+                    running = total_usage(usages, len(usages)) if request.continuous_usage else None
+                    parts += [frame(_chunk(head, [choice], running)) for choice in encoder.encode(item)]
+            if parts:
+                yield b"".join(parts)
     if request.include_usage:
-        yield _chunk(head, [], total_usage(usages, len(usages)))
+        yield frame(_chunk(head, [], total_usage(usages, len(usages))))
 
 
 def _chunk(
@@ -93,7 +100,20 @@ class ChoiceEncoder:
         self._head = head
         self._index = index
         self._token_bytes = token_bytes
-        self._logprobs = TextLogprobs()
+        self._logprobs: TextLogprobs | None = None
+        self._text_frames: dict[type, Callable[[str], bytes]] = {}
+
+    def text_frame(self, item: StreamItem) -> bytes | None:
+        """The frame of a piece of text that has no log-probabilities, as nearly all have none; None for any other
+        item, which `encode` encodes."""
+        if not isinstance(item, ReasoningDelta | ContentDelta) or self._logprobs is not None:
+            return None
+        kind = type(item)
+        if kind not in self._text_frames:
+            self._text_frames[kind] = text_frame(
+                lambda text: _chunk(self._head, list(self.encode(kind(text))))
+            )
+        return self._text_frames[kind](item.text)
 
     def start(self) -> dict[str, Any]:
         """The first choice object of a stream."""
@@ -112,7 +132,7 @@ class ChoiceEncoder:
                 yield self._choice(delta)
 
     def _choice(self, delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        logprobs, self._logprobs = self._logprobs, TextLogprobs()
+        logprobs, self._logprobs = self._logprobs or TextLogprobs(), None
         return {
             "index": self._index,
             "delta": dict(delta),

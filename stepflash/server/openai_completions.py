@@ -16,6 +16,7 @@ from stepflash.server.openai_chat_encode import ResponseHead, TokenBytes, finish
 from stepflash.server.openai_schema import CompletionBody, num_choices, stream_options
 from stepflash.server.sampling_fields import sampling_params, stop_strings
 from stepflash.server.scheduling_fields import WHENEVER, Scheduling, read_scheduling
+from stepflash.server.sse import frame
 from stepflash.server.structured_output import read_format
 
 DEFAULT_MAX_TOKENS = 16
@@ -73,38 +74,43 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
     )
 
 
-async def chunks(
+async def frames(
     head: ResponseHead,
-    items: AsyncGenerator[tuple[int, StreamItem]],
+    batches: AsyncGenerator[tuple[int, list[StreamItem]]],
     echoed: Sequence[str],
     request: CompletionRequest,
     token_bytes: TokenBytes,
-) -> AsyncGenerator[dict[str, Any]]:
+) -> AsyncGenerator[bytes]:
     """The streamed reply; `echoed` holds what each choice begins with."""
     usages = [Usage()] * len(echoed)
     pending: list[list[TokenLogprob]] = [[] for _ in echoed]
     for index, text in enumerate(echoed):
         if text:
-            yield response(head, [choice(index, text, None, (), token_bytes)], None)
-    async with aclosing(items):
-        async for index, item in items:
-            text, reason = "", None
-            match item:
-                case Progress():
-                    usages[index] = item.usage
-                    pending[index].extend(item.logprobs)
-                    continue
-                case TextLogprobs():
-                    continue  # of text completions every token is told, whatever became of it
-                case ContentDelta():
-                    text = item.text
-                case Finish():
-                    reason = item.reason
-            logprobs, pending[index] = pending[index], []
-            running = total_usage(usages, request.num_choices) if request.continuous_usage else None
-            yield response(head, [choice(index, text, reason, logprobs, token_bytes)], running)
+            yield frame(response(head, [choice(index, text, None, (), token_bytes)], None))
+    async with aclosing(batches):
+        async for index, batch in batches:
+            parts = []
+            for item in batch:
+                text, reason = "", None
+                match item:
+                    case Progress():
+                        usages[index] = item.usage
+                        pending[index].extend(item.logprobs)
+                        continue
+                    case TextLogprobs():
+                        continue  # of text completions every token is told, whatever became of it
+                    case ContentDelta():
+                        text = item.text
+                    case Finish():
+                        reason = item.reason
+                logprobs, pending[index] = pending[index], []
+                running = total_usage(usages, request.num_choices) if request.continuous_usage else None
+                choices = [choice(index, text, reason, logprobs, token_bytes)]
+                parts.append(frame(response(head, choices, running)))
+            if parts:
+                yield b"".join(parts)
     if request.include_usage:
-        yield response(head, [], total_usage(usages, request.num_choices))
+        yield frame(response(head, [], total_usage(usages, request.num_choices)))
 
 
 def choice(

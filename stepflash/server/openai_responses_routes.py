@@ -74,7 +74,7 @@ class ResponsesRoutes:
         encoder = ResponseEncoder(head, self.session.tokenizer.token_bytes)
         running = _Running(encoder, prompt.request.request_id)
         num_bytes = current_record().num_body_bytes + (previous.num_bytes if previous else 0)
-        events = self._events(head.id, running, stream, body, num_bytes)
+        batches = self._batches(head.id, running, stream, body, num_bytes)
         if body.stream:
 
             def keep_alive() -> bytes:
@@ -84,9 +84,9 @@ class ResponsesRoutes:
                 return _frame(running.encoder.fail(error))
 
             return self.service.event_stream(
-                request, _frames(events), error_frame, keep_alive=KeepAlive(KEEP_ALIVE_SECONDS, keep_alive)
+                request, _frames(batches), error_frame, keep_alive=KeepAlive(KEEP_ALIVE_SECONDS, keep_alive)
             )
-        return JSONResponse(await self.service.unless_gone(request, _last_response(events)))
+        return JSONResponse(await self.service.unless_gone(request, _last_response(batches)))
 
     async def get(self, request: Request, response_id: str) -> Response:
         if request.query_params.get("stream") == "true":
@@ -116,25 +116,25 @@ class ResponsesRoutes:
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return JSONResponse({"object": "list", "data": data, **ends, "has_more": False})
 
-    async def _events(
+    async def _batches(
         self,
         response_id: str,
         running: _Running,
-        stream: AsyncGenerator[StreamItem],
+        stream: AsyncGenerator[list[StreamItem]],
         body: ResponsesRequest,
         num_bytes: int,
-    ) -> AsyncGenerator[dict[str, Any]]:
+    ) -> AsyncGenerator[list[dict[str, Any]]]:
+        """Events, those that came together in one list."""
         self._running[response_id] = running
-        event: dict[str, Any] = {}
         try:
             async with aclosing(stream):
-                for event in running.encoder.start():
-                    yield event
-                async for item in stream:
-                    for event in running.encoder.encode(item):
+                yield list(running.encoder.start())
+                async for batch in stream:
+                    events = [event for item in batch for event in running.encoder.encode(item)]
+                    for event in events:
                         if body.is_stored and event["type"] in ("response.completed", "response.incomplete"):
                             self._keep(event["response"], body.items, num_bytes)
-                        yield event
+                    yield events
         finally:
             del self._running[response_id]
 
@@ -162,17 +162,19 @@ class ResponsesRoutes:
         return stored
 
 
-async def _frames(events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-    async with aclosing(events):
-        async for event in events:
-            yield _frame(event)
+async def _frames(batches: AsyncGenerator[list[dict[str, Any]]]) -> AsyncGenerator[bytes]:
+    async with aclosing(batches):
+        async for batch in batches:
+            if batch:
+                yield b"".join([_frame(event) for event in batch])
 
 
-async def _last_response(events: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
+async def _last_response(batches: AsyncGenerator[list[dict[str, Any]]]) -> dict[str, Any]:
     response: dict[str, Any] = {}
-    async with aclosing(events):
-        async for event in events:
-            response = event.get("response", response)
+    async with aclosing(batches):
+        async for batch in batches:
+            for event in batch:
+                response = event.get("response", response)
     return response
 
 

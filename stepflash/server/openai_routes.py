@@ -45,8 +45,8 @@ class OpenAIRoutes:
         streams = self.service.answers(choices, body.scheduling)
         head = self._head("chatcmpl-")
         if body.stream:
-            chunks = openai_chat_encode.chunks(head, merge(streams), body, self.session.tokenizer.token_bytes)
-            return self._event_stream(request, chunks)
+            frames = openai_chat_encode.frames(head, merge(streams), body, self.session.tokenizer.token_bytes)
+            return self._event_stream(request, frames)
         answers = await self.service.unless_gone(request, _whole(streams))
         return JSONResponse(openai_chat_encode.response(head, answers, self.session.tokenizer.token_bytes))
 
@@ -71,8 +71,8 @@ class OpenAIRoutes:
         head = self._head("cmpl-")
         token_bytes = self.session.tokenizer.token_bytes
         if body.stream:
-            chunks = openai_completions.chunks(head, merge(streams), echoed, body, token_bytes)
-            return self._event_stream(request, chunks)
+            frames = openai_completions.frames(head, merge(streams), echoed, body, token_bytes)
+            return self._event_stream(request, frames)
         answers = await self.service.unless_gone(request, _whole(streams))
         choices = [
             openai_completions.answer_choice(index, answer, echo, token_bytes)
@@ -96,16 +96,11 @@ class OpenAIRoutes:
         self.service.check_model(name)
         return self._model_json()
 
-    def _event_stream(self, request: Request, chunks: AsyncGenerator[dict[str, Any]]) -> EventStream:
-        async def frames() -> AsyncGenerator[bytes]:
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    yield frame(chunk)
-
+    def _event_stream(self, request: Request, frames: AsyncGenerator[bytes]) -> EventStream:
         def error_frame(error: StepflashError) -> bytes:
             return frame(describe(error)[1])
 
-        return self.service.event_stream(request, frames(), error_frame, last_frame=DONE)
+        return self.service.event_stream(request, frames, error_frame, last_frame=DONE)
 
     def _head(self, prefix: str) -> ResponseHead:
         return ResponseHead(
@@ -136,9 +131,10 @@ class OpenAIRoutes:
         return prompt if isinstance(prompt, str) else self.session.tokenizer.decode(prompt)
 
 
-async def _whole(streams: Sequence[AsyncGenerator[StreamItem]]) -> list[Answer]:
+async def _whole(streams: Sequence[AsyncGenerator[list[StreamItem]]]) -> list[Answer]:
     folds = [Fold() for _ in streams]
-    async with aclosing(merge(streams)) as items:
-        async for index, item in items:
-            folds[index].add(item)
+    async with aclosing(merge(streams)) as batches:
+        async for index, batch in batches:
+            for item in batch:
+                folds[index].add(item)
     return [collected.answer() for collected in folds]

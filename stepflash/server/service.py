@@ -155,8 +155,10 @@ class Service:
         is_quick = current_record().num_body_bytes < LARGE_BODY_BYTES and not has_grammar
         return prepare() if is_quick else await asyncio.to_thread(prepare)
 
-    def answers(self, prompts: Sequence[Prompt], scheduling: Scheduling) -> list[AsyncGenerator[StreamItem]]:
-        """Submit prompts.
+    def answers(
+        self, prompts: Sequence[Prompt], scheduling: Scheduling
+    ) -> list[AsyncGenerator[list[StreamItem]]]:
+        """Submit prompts; the streams give the items that came together in one list.
 
         Raises:
             QueueFull: too many answers are running and waiting.
@@ -171,7 +173,7 @@ class Service:
         if self.settings.log_prompts:
             decode = self.session.tokenizer.decode
             record.prompts += [decode(prompt.request.prompt_token_ids) for prompt in prompts]
-        streams = [self.session.answer(prompt) for prompt in prompts]
+        streams = [self.session.batches(prompt) for prompt in prompts]
         answers = [AnswerRecord() for _ in streams]
         record.answers += answers
         reports = self._cache_reports(record, prompts)
@@ -204,29 +206,31 @@ class Service:
         return replace(prompt, request=request)
 
     async def _measured(
-        self, stream: AsyncGenerator[StreamItem], answer: AnswerRecord, report: CacheReport
-    ) -> AsyncGenerator[StreamItem]:
+        self, stream: AsyncGenerator[list[StreamItem]], answer: AnswerRecord, report: CacheReport
+    ) -> AsyncGenerator[list[StreamItem]]:
         """The stream, with its times and tokens noted however it ends."""
         started = last_at = time.monotonic()
         self.metrics.running_answers.inc()
         try:
             async with aclosing(stream):
-                async for item in stream:
-                    if isinstance(item, Progress):
-                        now, before = time.monotonic(), answer.usage.completion_tokens
-                        answer.usage = item.usage
-                        report.num_cached_tokens = item.usage.cached_tokens
-                        report.answer_ids += item.token_ids
-                        num_tokens = item.usage.completion_tokens - before
-                        if answer.first_token_seconds is None:
-                            answer.first_token_seconds = now - started
-                            answer.queue_seconds = item.usage.queue_seconds
-                        elif num_tokens:
-                            self.metrics.token_seconds.observe((now - last_at) / num_tokens)
-                        last_at = self.health.proven_at = now
-                    elif isinstance(item, Finish):
-                        answer.finish_reason = "deadline" if answer.usage.deadline_reached else item.reason
-                    yield item
+                async for batch in stream:
+                    for item in batch:
+                        if isinstance(item, Progress):
+                            now, before = time.monotonic(), answer.usage.completion_tokens
+                            answer.usage = item.usage
+                            report.num_cached_tokens = item.usage.cached_tokens
+                            report.answer_ids += item.token_ids
+                            num_tokens = item.usage.completion_tokens - before
+                            if answer.first_token_seconds is None:
+                                answer.first_token_seconds = now - started
+                                answer.queue_seconds = item.usage.queue_seconds
+                            elif num_tokens:
+                                self.metrics.token_seconds.observe((now - last_at) / num_tokens)
+                            last_at = self.health.proven_at = now
+                        elif isinstance(item, Finish):
+                            late = answer.usage.deadline_reached
+                            answer.finish_reason = "deadline" if late else item.reason
+                    yield batch
         except StepflashError:
             answer.finish_reason = "error"
             raise

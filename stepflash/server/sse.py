@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import math
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -26,6 +27,7 @@ from stepflash.server.closing import Closing
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
+_TEXT = secrets.token_hex(16)  # nobody else's text
 
 T = TypeVar("T")
 
@@ -49,6 +51,17 @@ def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
     """One `data:` frame, after an `event:` line if the event has a name."""
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
     return name + b"data: " + _encode(data).encode("utf-8", "replace") + b"\n\n"
+
+
+def text_frame(data: Callable[[str], Mapping[str, Any]]) -> Callable[[str], bytes]:
+    """`frame(data(text))` for many texts, which stand somewhere in `data` as they are: what is around them is encoded
+    once."""
+    parts = frame(data(_TEXT)).split(_quoted(_TEXT))
+    return lambda text: _quoted(text).join(parts)
+
+
+def _quoted(text: str) -> bytes:
+    return json.encoder.encode_basestring(text).encode("utf-8", "replace")
 
 
 class EventStream(Response):

@@ -86,15 +86,15 @@ def test_a_poisoned_request_fails_alone(
     client = Client(create_app(session, "micro"))
     texts = [f"question number {number}" for number in range(4)]
     expected = [content(client.post(CHAT, json=body(text))) for text in texts]
-    answer = session.answer
+    batches = session.batches
 
     def poisoned(prompt: Any) -> Any:
         text = session.tokenizer.decode(prompt.request.prompt_token_ids)
         if "poison" in text:
             prompt = replace(prompt, request=replace(prompt.request, constraint=Poison(where)))
-        return answer(prompt)
+        return batches(prompt)
 
-    monkeypatch.setattr(session, "answer", poisoned)
+    monkeypatch.setattr(session, "batches", poisoned)
     if where == "logits":
         _break_logits(engine_of(session), monkeypatch, session.tokenizer.encode("poison"))
 
