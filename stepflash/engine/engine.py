@@ -120,7 +120,7 @@ class Engine:
         return thread
 
     async def _stream(self, request: Request) -> AsyncIterator[Output]:
-        stream: Stream = asyncio.Queue()
+        stream = Stream()
         outbox = self._outbox(asyncio.get_running_loop())
         self._inbox.put(lambda: self._add(request, outbox, stream))
         is_running = True

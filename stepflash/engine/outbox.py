@@ -1,8 +1,9 @@
 """The way of outputs from the engine thread to the event loop whose streams wait for them.
 
-All that is put in while a delivery is on its way goes with it, and deliveries are `INTERVAL_SECONDS` apart: a small
-model that makes a thousand steps a second neither wakes the loop nor has its clients written to for each of them.
-Where steps take longer, each is delivered at once; so is the first and the last that a stream gets.
+What is put in while a delivery is on its way goes with it, and deliveries are some milliseconds apart: a small model
+that makes a thousand steps a second neither wakes the loop nor has its clients written to for each of them. With many
+streams a delivery is work for the loop, and a small model loses the time: deliveries are then so far apart that they
+take a tenth of it. Where steps take longer, each is delivered at once; so is the first and the last of a stream.
 """
 
 from __future__ import annotations
@@ -10,17 +11,35 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain
 
 from stepflash.engine.request import Output
 
-INTERVAL_SECONDS = 0.01
-
-# What a stream receives: outputs, or why its request was refused.
-Stream = asyncio.Queue[Output | BaseException]
+MIN_SECONDS, MAX_SECONDS = 0.01, 0.05  # between deliveries
+WORK_SHARE = 0.05
 
 _NO_DELIVERY, _SOON, _AT_ONCE = range(3)
+
+
+class Stream:
+    """What one request receives: outputs, or why it was refused. One task waits for them."""
+
+    def __init__(self) -> None:
+        self._items: deque[Output | BaseException] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Output | BaseException) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Output | BaseException:
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._items.popleft()
 
 
 class Outbox:
@@ -28,16 +47,19 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._items: deque[tuple[Stream, Output | BaseException]] = deque()
+        self._items: deque[tuple[Stream, Output | BaseException, bool]] = deque()
         self._asked = _NO_DELIVERY
+        self._held: dict[Stream, list[Output | BaseException]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._delivered_at = float("-inf")
+        self._interval = MIN_SECONDS
 
     def put(self, stream: Stream, item: Output | BaseException) -> bool:
         """False if the loop is gone, and its requests with it."""
+        is_urgent = _is_urgent(item)
         # First of all: a delivery that has begun takes it along, or has forgotten by then that it was asked for.
-        self._items.append((stream, item))
-        wanted = _AT_ONCE if _is_urgent(item) else _SOON
+        self._items.append((stream, item, is_urgent))
+        wanted = _AT_ONCE if is_urgent else _SOON
         if self._asked >= wanted:
             return not self._loop.is_closed()
         self._asked = wanted
@@ -48,25 +70,53 @@ class Outbox:
         return True
 
     def _set_out(self) -> None:
-        wait_seconds = self._delivered_at + INTERVAL_SECONDS - self._loop.time()
-        if self._asked == _AT_ONCE or wait_seconds <= 0:
+        now = self._loop.time()
+        due = self._delivered_at + self._interval
+        if now >= due:
             self._deliver()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(wait_seconds, self._deliver)
+            return
+        # While the timer runs nothing else needs to wake the loop.
+        self._asked = _NO_DELIVERY if self._timer is None else _SOON
+        for stream in self._take():
+            _hand_over(stream, self._held.pop(stream))
+        if self._held and self._timer is None:
+            self._timer = self._loop.call_later(due - now, self._deliver)
+            self._asked = _SOON
 
     def _deliver(self) -> None:
         self._asked = _NO_DELIVERY
-        self._delivered_at = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        by_stream: dict[Stream, list[Output | BaseException]] = {}
+        self._take()
+        held, self._held = self._held, {}
+        if not held:
+            return
+        self._delivered_at = self._loop.time()
+        for stream, items in held.items():
+            _hand_over(stream, items)
+        # Behind all tasks that have been woken.
+        self._loop.call_soon(self._note_work, any(len(items) > 1 for items in held.values()))
+
+    def _take(self) -> set[Stream]:
+        """Sort what was put in by streams; those for which something is urgent."""
+        urgent = set()
         while self._items:
-            stream, item = self._items.popleft()
-            by_stream.setdefault(stream, []).append(item)
-        for stream, items in by_stream.items():
-            for joined in items if len(items) == 1 else _joined(items):
-                stream.put_nowait(joined)
+            stream, item, is_urgent = self._items.popleft()
+            self._held.setdefault(stream, []).append(item)
+            if is_urgent:
+                urgent.add(stream)
+        return urgent
+
+    def _note_work(self, has_joined: bool) -> None:
+        now = self._loop.time()
+        seconds = (now - self._delivered_at) / WORK_SHARE
+        # The mean, because anything may have come between.
+        self._interval = min(MAX_SECONDS, max(MIN_SECONDS, (self._interval + seconds) / 2))
+        if has_joined and self._timer is None:
+            # There will be something to deliver by then; the engine thread need not wake the loop for it.
+            self._timer = self._loop.call_later(self._delivered_at + self._interval - now, self._deliver)
+            self._asked = _SOON
 
 
 def _is_urgent(item: Output | BaseException) -> bool:
@@ -75,13 +125,23 @@ def _is_urgent(item: Output | BaseException) -> bool:
     return item.stats.num_generated_tokens <= len(item.token_ids)
 
 
+def _hand_over(stream: Stream, items: Sequence[Output | BaseException]) -> None:
+    for item in items if len(items) == 1 else _joined(items):
+        stream.put(item)
+
+
 def _joined(items: Sequence[Output | BaseException]) -> Iterator[Output | BaseException]:
     """Outputs of one request as one; what went wrong stays apart from what went well before."""
     outputs = [item for item in items if isinstance(item, Output) and item.error is None]
     if outputs:
-        yield replace(
-            outputs[-1],
-            token_ids=tuple(chain.from_iterable([output.token_ids for output in outputs])),
-            logprobs=tuple(chain.from_iterable([output.logprobs for output in outputs])),
+        last = outputs[-1]
+        yield Output(
+            request_id=last.request_id,
+            token_ids=tuple([token_id for output in outputs for token_id in output.token_ids]),
+            logprobs=tuple([logprob for output in outputs for logprob in output.logprobs]),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            stats=last.stats,
         )
-    yield from (item for item in items if not isinstance(item, Output) or item.error is not None)
+    if len(outputs) < len(items):
+        yield from (item for item in items if not isinstance(item, Output) or item.error is not None)

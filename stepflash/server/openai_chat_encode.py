@@ -61,6 +61,7 @@ async def frames(
     encoders = [ChoiceEncoder(head, index, token_bytes) for index in range(request.num_choices)]
     usages = [Usage()] * request.num_choices
     yield frame(_chunk(head, [encoder.start() for encoder in encoders]))
+    num_running = len(encoders)
     async with aclosing(batches):
         async for index, batch in batches:
             encoder, parts = encoders[index], []
@@ -72,10 +73,11 @@ async def frames(
                 else:
                     running = total_usage(usages, len(usages)) if request.continuous_usage else None
                     parts += [frame(_chunk(head, [choice], running)) for choice in encoder.encode(item)]
+            num_running -= isinstance(batch[-1], Finish)
+            if request.include_usage and not num_running:
+                parts.append(frame(_chunk(head, [], total_usage(usages, len(usages)))))
             if parts:
                 yield b"".join(parts)
-    if request.include_usage:
-        yield frame(_chunk(head, [], total_usage(usages, len(usages))))
 
 
 def _chunk(

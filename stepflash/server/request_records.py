@@ -46,7 +46,8 @@ class AnswerRecord:
 class RequestRecord:
     """`client` is the name of the key, or the address where there are no keys. `started_at` is on the monotonic
     clock, `started_ns` in nanoseconds since the epoch. `outcome` replaces the status that the client saw, for
-    what happened after the head was sent. `unknown_fields` of the body meant nothing."""
+    what happened after the head was sent. `unknown_fields` of the body meant nothing. `send` is the
+    connection's own, for what no middleware looks at: a body, when the head has gone through all of them."""
 
     request_id: str
     method: str
@@ -55,6 +56,7 @@ class RequestRecord:
     client: str
     started_at: float
     started_ns: int
+    send: Send
     route: str = "other"
     status: int = 0
     outcome: int | None = None
@@ -90,7 +92,7 @@ class RequestRecords:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = _open(scope)
+        record = _open(scope, send)
         _current.set(record)
         is_started = False
 
@@ -128,7 +130,7 @@ def _field_names(names: Sequence[str]) -> str:
     return ", ".join(shown + ["..."] * (len(names) > MAX_FIELDS_SHOWN))
 
 
-def _open(scope: Scope) -> RequestRecord:
+def _open(scope: Scope, send: Send) -> RequestRecord:
     headers = Headers(scope=scope)
     given = headers.get("x-request-id", "")
     address = scope.get("client")
@@ -140,4 +142,5 @@ def _open(scope: Scope) -> RequestRecord:
         client=address[0] if address else "local",
         started_at=time.monotonic(),
         started_ns=time.time_ns(),
+        send=send,
     )

@@ -8,6 +8,7 @@ exit status is 0.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -77,5 +78,11 @@ def run_server(app: FastAPI, listener: socket.socket, settings: ServerSettings, 
         print(
             "stepflash: warning: anyone who reaches this address can use it; see --api-key", file=sys.stderr
         )
-    _Server(config, app.state.closing, settings.drain_seconds).run(sockets=[listener])
+    # What is there now stays: a collection that looks through it holds up every stream.
+    gc.collect()
+    gc.freeze()
+    try:
+        _Server(config, app.state.closing, settings.drain_seconds).run(sockets=[listener])
+    finally:
+        gc.unfreeze()
     return 0

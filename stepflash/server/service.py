@@ -286,4 +286,11 @@ class Service:
             record.outcome = 503
             return error_frame(error) + last_frame
 
-        return EventStream(all_frames(), self.closing, last_words, keep_alive, self.settings.send_seconds)
+        return EventStream(
+            all_frames(),
+            self.closing,
+            last_words,
+            keep_alive=keep_alive,
+            send_seconds=self.settings.send_seconds,
+            send_body=record.send,
+        )

@@ -74,13 +74,17 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes],
         closing: Closing,
         last_words: Callable[[], bytes],
+        *,
         keep_alive: KeepAlive = COMMENTS,
         send_seconds: float | None = None,
+        send_body: Send | None = None,
     ) -> None:
         """`last_words` make the frames that end the stream when `closing` does. `send_seconds`: a client that takes
-        nothing for so long is taken to be gone."""
+        nothing for so long is taken to be gone. `send_body` sends what follows the head past the middlewares, which
+        would cost a frame as much as its encoding does."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._send_seconds = send_seconds
+        self._send_body = send_body
         del self.headers["content-length"]
         self._frames = frames
         self._closing = closing
@@ -105,17 +109,20 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         """Raises ClientGone when the client takes nothing any more."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        send_body = self._send_body or send
         try:
             # A timer for each frame would cost as much as the frame; one task looks after all of them.
             async with asyncio.timeout(None) as patience:
-                watching = asyncio.create_task(self._watch(send, patience))
+                watching = asyncio.create_task(self._watch(send_body, patience))
                 try:
                     await self._send(send, start)
                     self._is_started = True
                     async with aclosing(self._frames) as frames:
                         async for data in frames:
-                            await self._send(send, _body(data))
-                    await self._send(send, _body(b"", more_body=False))
+                            self._sending_since = time.monotonic()
+                            await send_body({"type": "http.response.body", "body": data, "more_body": True})
+                            self._sent_at, self._sending_since = self._sending_since, None
+                    await self._send(send_body, _body(b"", more_body=False))
                 finally:
                     watching.cancel()
         except TimeoutError:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflash.engine.outbox import INTERVAL_SECONDS, Outbox, Stream
+from stepflash.engine.outbox import MAX_SECONDS, MIN_SECONDS, Outbox, Stream
 from stepflash.engine.request import FinishReason, Output, RequestStats, TokenLogprob
 
 
@@ -40,7 +40,7 @@ async def drained(stream: Stream) -> list[Output]:
 def test_two_streams_get_all_of_theirs_in_order(bursts: list[list[int]], pauses: list[float]) -> None:
     async def main() -> None:
         outbox = Outbox(asyncio.get_running_loop())
-        streams: list[Stream] = [asyncio.Queue(), asyncio.Queue()]
+        streams = [Stream(), Stream()]
 
         def produce() -> None:
             total = 0
@@ -64,27 +64,122 @@ def test_two_streams_get_all_of_theirs_in_order(bursts: list[list[int]], pauses:
     asyncio.run(main())
 
 
+def arrived(stream: Stream) -> list[Output]:
+    """What is there now."""
+    items = [item for item in stream._items if isinstance(item, Output)]
+    stream._items.clear()
+    return items
+
+
+async def two_turns() -> None:
+    """Of the loop, without any time for a timer."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
 def test_the_first_and_the_last_go_at_once_and_what_is_between_together() -> None:
+    async def main() -> None:
+        outbox, stream, other = Outbox(asyncio.get_running_loop()), Stream(), Stream()
+        first = output("a", [1], 1)
+        outbox.put(stream, first)
+        await two_turns()
+        assert arrived(stream) == [first]
+        outbox._interval = 60.0  # as if there were much work
+        for n in range(2, 6):
+            outbox.put(stream, output("a", [n], n))
+            outbox.put(other, output("b", [n], n))
+            await two_turns()
+            assert arrived(stream) == arrived(other) == []
+        outbox.put(stream, output("a", [6], 6, "stop"))
+        await two_turns()
+        (last,) = arrived(stream)
+        assert (last.token_ids, last.finish_reason) == ((2, 3, 4, 5, 6), "stop")
+        # What is not urgent waits for its time.
+        assert arrived(other) == []
+        assert outbox._timer is not None
+        outbox._deliver()
+        (held,) = arrived(other)
+        assert held.token_ids == (2, 3, 4, 5)
+
+    asyncio.run(main())
+
+
+def test_outputs_that_come_slowly_never_wait() -> None:
+    async def main() -> None:
+        outbox, stream = Outbox(asyncio.get_running_loop()), Stream()
+        for n in range(1, 5):
+            outbox.put(stream, output("a", [n], n))
+            await two_turns()
+            assert [item.token_ids for item in arrived(stream)] == [(n,)]
+            await asyncio.sleep(2 * MIN_SECONDS)
+            assert outbox._timer is None
+
+    asyncio.run(main())
+
+
+def test_while_outputs_come_quickly_only_a_timer_wakes_the_loop() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         outbox, stream = Outbox(loop), Stream()
-
-        async def arrived(item: Output) -> list[Output | BaseException]:
-            """What is there after two turns of the loop, without any time for a timer."""
-            outbox.put(stream, item)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            return [stream.get_nowait() for _ in range(stream.qsize())]
-
-        first = output("a", [1], 1)
-        assert await arrived(first) == [first]
-        outbox._delivered_at = loop.time() + 60 - INTERVAL_SECONDS  # as if the interval were a minute
-        for n in range(2, 6):
-            assert await arrived(output("a", [n], n)) == []
-        (last,) = await arrived(output("a", [6], 6, "stop"))
-        assert isinstance(last, Output)
-        assert (last.token_ids, last.finish_reason) == ((2, 3, 4, 5, 6), "stop")
+        outbox.put(stream, output("a", [1], 1))
+        await two_turns()
+        for n in (2, 3):
+            outbox.put(stream, output("a", [n], n))
+        await asyncio.sleep(MIN_SECONDS * 1.5)
+        assert [item.token_ids for item in arrived(stream)] == [(1,), (2, 3)]
+        # The next delivery has its time, so nothing is asked of the loop.
+        assert outbox._timer is not None
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = None  # type: ignore[method-assign, assignment]
+        outbox.put(stream, output("a", [4], 4))
+        loop.call_soon_threadsafe = call  # type: ignore[method-assign]
+        item = await asyncio.wait_for(stream.get(), 20)
+        assert isinstance(item, Output)
+        assert item.token_ids == (4,)
+        # With nothing to deliver it ends.
+        await asyncio.sleep(3 * MIN_SECONDS)
         assert outbox._timer is None
+        outbox.put(stream, output("a", [5], 5))
+        await two_turns()
+        assert [item.token_ids for item in arrived(stream)] == [(5,)]
+
+    asyncio.run(main())
+
+
+def test_the_more_work_a_delivery_is_the_rarer_they_are() -> None:
+    async def main() -> None:
+        outbox, stream = Outbox(asyncio.get_running_loop()), Stream()
+
+        async def work() -> None:
+            while True:
+                await stream.get()
+                time.sleep(0.02)
+
+        task = asyncio.create_task(work())
+        for n in range(1, 6):
+            outbox.put(stream, output("a", [n], n))
+            await asyncio.sleep(0.08)
+        assert outbox._interval == MAX_SECONDS
+        task.cancel()
+        for n in range(6, 16):
+            outbox.put(stream, output("a", [n], n))
+            await asyncio.sleep(0.08)
+        assert outbox._interval < MAX_SECONDS
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_is_cancelled_loses_nothing() -> None:
+    async def main() -> None:
+        stream = Stream()
+        reader = asyncio.create_task(stream.get())
+        await asyncio.sleep(0)
+        stream.put(output("a", [1], 1))
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        item = await asyncio.wait_for(stream.get(), 20)
+        assert isinstance(item, Output)
+        assert item.token_ids == (1,)
 
     asyncio.run(main())
 
