@@ -108,20 +108,22 @@ def allows(mask: Mask, token_id: int) -> bool:
     return token_id < allowed.shape[0] and bool(allowed[token_id])
 
 
-def as_tensor(mask: Mask, vocab_size: int, device: torch.device) -> Tensor | None:
-    """A mask as booleans over the first `vocab_size` tokens; shorter arrays allow nothing beyond their end.
+def as_tensor(mask: Mask, vocab_size: int) -> Tensor | None:
+    """A mask as booleans over the first `vocab_size` tokens, on the host: it is asked about single tokens, too.
+
+    Shorter arrays allow nothing beyond their end.
 
     Raises:
         RequestError: the mask allows no token at all.
     """
     if mask is None:
         return None
-    allowed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
     if isinstance(mask, (set, frozenset, list, tuple, range)):
         ids = [i for i in mask if 0 <= i < vocab_size]
-        allowed[torch.tensor(ids, dtype=torch.long, device=device)] = True
+        allowed[torch.tensor(ids, dtype=torch.long)] = True
     else:
-        values = torch.as_tensor(mask, device=device)[:vocab_size]
+        values = torch.as_tensor(mask)[:vocab_size].cpu()
         allowed[: values.shape[0]] = values.bool()
     if not bool(allowed.any()):
         raise RequestError("the constraint allows no token at this point", code="dead_constraint")

@@ -66,7 +66,7 @@ class Row:
     """One row of logits to choose from.
 
     `position` is where the chosen token will stand; `drafted` are unconfirmed tokens between what `state` has
-    counted and this row; `allowed` [vocab_size] bool or None. `logprobs` as in SamplingParams.
+    counted and this row; `allowed` [vocab_size] bool on the host, or None. `logprobs` as in SamplingParams.
     """
 
     state: SamplerState
@@ -147,13 +147,13 @@ class Sampler:
 
     def _choose_mixed(self, logits: Tensor, rows: Sequence[Row], sampled: list[int]) -> Tensor:
         chosen = logits.argmax(dim=-1)
-        index = torch.tensor(sampled, device=logits.device)
+        index = to_device(torch.tensor(sampled), logits.device)
         chosen[index] = self._sample(logits[index], [rows[i] for i in sampled])
         return chosen
 
     def _sample(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         params = [row.state.params for row in rows]
-        temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
+        temperatures = to_device(torch.tensor([p.temperature for p in params]), logits.device)
         scaled = filter_logits(logits / temperatures[:, None], params)
         return (scaled + self._noise(rows)).argmax(dim=-1)
 
@@ -181,7 +181,7 @@ class Sampler:
         of seed and position; its upper 32 bits are the uniform number.
         """
         keys = [_signed(_mix(row.state.seed + _mix(row.position))) for row in rows]
-        x = self._stream + torch.tensor(keys, device=self.device)[:, None]
+        x = self._stream + to_device(torch.tensor(keys), self.device)[:, None]
         x ^= (x >> 30) & 0x3FFFFFFFF  # int64 shifts are arithmetic: the mask makes them logical
         x *= _signed(_MIX_1)
         x ^= (x >> 27) & 0x1FFFFFFFFF
@@ -191,6 +191,11 @@ class Sampler:
         # -log1p(-u) keeps small exponentials, the winners, exact; below 1 or the rounding to 1 makes inf.
         exponential = -torch.log1p(-uniform.clamp_(max=1.0 - 2.0**-24))
         return -exponential.log()
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """What the host has, on the device; the host does not wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -203,16 +208,16 @@ def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_k = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
     if (most := max((k for k in top_k if k < vocab), default=0)) > 0:
         values = scaled.topk(most, dim=-1).values
-        index = torch.tensor([min(k, most) - 1 for k in top_k], device=device)[:, None]
+        index = to_device(torch.tensor([min(k, most) - 1 for k in top_k]), device)[:, None]
         threshold = values.gather(-1, index)
-        off = torch.tensor([k == vocab for k in top_k], device=device)[:, None]
+        off = to_device(torch.tensor([k == vocab for k in top_k]), device)[:, None]
         scaled = scaled.masked_fill((scaled < threshold) & ~off, float("-inf"))
     if any(p.top_p < 1.0 for p in params):
-        top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+        top_p = to_device(torch.tensor([p.top_p for p in params]), device)[:, None]
         threshold = _nucleus_threshold(scaled, top_p)
         scaled = scaled.masked_fill((scaled < threshold) & (top_p < 1.0), float("-inf"))
     if any(p.min_p > 0.0 for p in params):
-        min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+        min_p = to_device(torch.tensor([p.min_p for p in params]), device)[:, None]
         scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + min_p.log(), float("-inf"))
     return scaled
 
@@ -261,7 +266,7 @@ def _apply(logits: Tensor, row: Row) -> None:
     if state.bias is not None:
         logits[state.bias[0]] += state.bias[1]
     if row.allowed is not None:
-        logits.masked_fill_(~row.allowed, float("-inf"))
+        logits.masked_fill_(to_device(~row.allowed, logits.device), float("-inf"))
 
 
 def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -58,8 +58,7 @@ class Walk:
         if self._constraint is None:
             return None
         if self._allowed is None:
-            sampler = self._sampler
-            self._allowed = (as_tensor(self._constraint.mask(), sampler.vocab_limit, sampler.device),)
+            self._allowed = (as_tensor(self._constraint.mask(), self._sampler.vocab_limit),)
         return self._allowed[0]
 
     def is_at_dead_end(self) -> bool:

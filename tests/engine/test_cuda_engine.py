@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def prompts() -> list[tuple[int, ...]]:
     tokenizer = Tokenizer.from_pretrained(resolve_model("nano"))
     tasks = ("add", "sort", "weekday")
     return [tuple(tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0]))) for task in tasks]
+
+
+class Odd:
+    """A constraint: only odd tokens."""
+
+    def mask(self) -> range:
+        return range(1, 1000, 2)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2
+
+    def rollback(self, num_tokens: int) -> None: ...
+
+    def forced(self) -> tuple[int, ...]:
+        return ()
 
 
 def requests(prompts: Sequence[Sequence[int]], **options: object) -> list[Request]:
@@ -127,14 +143,25 @@ def test_greedy_answers_are_the_same_with_graphs_and_drafts(
 def test_prompts_that_come_while_others_decode(
     nano: Step3p5ForCausalLM, prompts: list[tuple[int, ...]]
 ) -> None:
-    """Passes of chunks and of single tokens, large and small ones in turn; greedy, sampled and with a bias."""
+    """Passes of chunks and of single tokens, large and small ones in turn; greedy, sampled, with a bias and with a
+    constraint."""
     found = []
     for has_graphs in (False, True):
         core, finished = new_core(nano, has_graphs), {}
         waiting = [
             *requests([prompts[0]], draft_depth=2),
-            *[replace_id(r, "sampled") for r in requests([prompts[1]], temperature=0.8, seed=3)],
-            *[replace_id(r, "long") for r in requests([prompts[2] * 6], logit_bias={5: 1.0}, draft_depth=1)],
+            *[
+                replace(r, request_id="sampled")
+                for r in requests([prompts[1]], temperature=0.8, top_p=0.9, top_k=50, min_p=0.01, seed=3)
+            ],
+            *[
+                replace(r, request_id="long")
+                for r in requests([prompts[2] * 6], logit_bias={5: 1.0}, draft_depth=1)
+            ],
+            *[
+                replace(r, request_id="odd", constraint=Odd())
+                for r in requests([prompts[1]], draft_depth=3, ignore_eos=True)
+            ],
         ]
         while waiting or core.has_work:
             if waiting:
@@ -144,12 +171,8 @@ def test_prompts_that_come_while_others_decode(
         core.check_integrity()
         assert all(entry.last.error is None for entry in finished.values())
         found.append({name: entry.token_ids for name, entry in finished.items()})
-    assert len(found[0]) == 3
+    assert len(found[0]) == 4
     assert found[0] == found[1]
-
-
-def replace_id(request: Request, name: str) -> Request:
-    return Request(request_id=name, prompt_token_ids=request.prompt_token_ids, sampling=request.sampling)
 
 
 def test_a_greedy_step_waits_for_the_device_once(
