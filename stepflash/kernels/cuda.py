@@ -27,6 +27,7 @@ from stepflash.kernels.cuda_moe import power_of_two
 from stepflash.kernels.formats import Format
 from stepflash.kernels.triton_start import OVERLAP
 
+HEAD_BLOCK = 8  # heads of a program that finishes projections
 ATTENTION_ROWS = 64  # query heads of a program: one and three drafted tokens of a group of 16
 # Fixed, so that a token's sums have one order: keys of a split, of a tile.
 CHUNK, KEY_TILE = 128, 64
@@ -145,11 +146,10 @@ def linear(
 
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
-    num_tokens, num_heads = gate.shape
-    head_dim = x.shape[1] // num_heads
-    out = torch.empty_like(x)
-    triton_matmul.gated[(num_tokens, num_heads)](
-        x, gate, out, num_heads, head_dim, power_of_two(head_dim), num_warps=1, **OVERLAP
+    num_tokens, size = x.shape
+    out, block = torch.empty_like(x), min(2048, power_of_two(size))
+    triton_matmul.gated[(num_tokens, _ceil(size, block))](
+        x, gate, out, size, gate.shape[1], size // gate.shape[1], block, **OVERLAP
     )
     return out
 
@@ -224,11 +224,11 @@ def qkv_gate(
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
     parts = _side_by_side(normed, weights[:3], formats[:3], sizes[:3])
     gate_parts = _side_by_side(normed, weights[3:], formats[3:], sizes[3:])
-    triton_norm.finish_heads[(num_tokens, num_heads + 2 * num_kv_heads + 1)](
+    triton_norm.finish_heads[(num_tokens, _ceil(num_heads + 2 * num_kv_heads, HEAD_BLOCK) + 1)](
         parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate, num_tokens, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
-        BLOCK_D=power_of_two(head_dim), BLOCK_H=power_of_two(num_heads), PARTS=parts.shape[0],
-        GATE_PARTS=gate_parts.shape[0], num_warps=1, **OVERLAP,
+        BLOCK_D=power_of_two(head_dim), BLOCK_H=HEAD_BLOCK, BLOCK_G=power_of_two(num_heads), PARTS=parts.shape[0],
+        GATE_PARTS=gate_parts.shape[0], **OVERLAP,
     )  # fmt: skip
     return q, k, v, gate
 

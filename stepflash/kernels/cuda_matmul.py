@@ -21,6 +21,7 @@ from stepflash.kernels.triton_start import OVERLAP
 
 WANTED_PROGRAMS = 448  # three or four for each multiprocessor of a large card
 MIN_SPLIT_COLUMNS = 512
+UNROLLED = 128  # columns of an iteration, where a step has fewer
 MAX_SPLITS = 8
 
 
@@ -82,7 +83,7 @@ def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) ->
     stages = 5 if fmt == Format.BF16 and few else 2 if block_t > 64 and _step(fmt) == 256 else 3
     return {
         "ROWS": rows, "BLOCK_T": block_t, "num_warps": rows // 16, "STAGES": stages,
-        "UNROLL": max(1, gcd(k // _step(fmt), 256 // _step(fmt))) if few else 1,
+        "UNROLL": max(1, gcd(k // _step(fmt), max(1, UNROLLED // _step(fmt)))) if few else 1,
     }  # fmt: skip
 
 

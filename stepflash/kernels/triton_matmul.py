@@ -494,12 +494,12 @@ def combine(
 
 
 @triton.jit
-def gated(x, gate, out, num_heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (num_tokens, num_heads): x [num_tokens, num_heads, HEAD_DIM] times sigmoid(gate), one for each head."""
+def gated(x, gate, out, size, num_heads, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (num_tokens, column blocks): x [num_tokens, size], heads side by side, times sigmoid of their gates."""
     enter()
-    row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
-    dim = tl.arange(0, BLOCK_D)
-    inside = dim < HEAD_DIM
-    wide = tl.load(x + row * HEAD_DIM + dim, mask=inside, other=0.0).to(tl.float32)
-    wide = wide * tl.sigmoid(tl.load(gate + row).to(tl.float32))
-    tl.store(out + row * HEAD_DIM + dim, wide.to(out.dtype.element_ty), mask=inside)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    wide = tl.load(x + token * size + column, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(gate + token * num_heads + column // HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * size + column, (wide * tl.sigmoid(gates)).to(out.dtype.element_ty), mask=inside)
