@@ -113,6 +113,11 @@ def _tensors(value: Any) -> list[Tensor]:
     return [x for x in items if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad]
 
 
+def _is_tiled(weight: object) -> bool:
+    """Whether this is a packed weight that the references cannot read."""
+    return isinstance(weight, Tensor) and weight.dtype == torch.uint8 and wants_tiles(weight.device)
+
+
 def _add_gradient(name: str) -> None:
     """Backward of any op: run its reference again on detached inputs and differentiate that."""
     plain = getattr(reference, name)
@@ -123,6 +128,11 @@ def _add_gradient(name: str) -> None:
         ctx.inputs = inputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if any(_is_tiled(weight) for x in ctx.inputs if isinstance(x, (list, tuple)) for weight in x):
+            raise NotImplementedError(
+                f"{name} has no gradient with packed weights on a CUDA device: load the model with "
+                "quantization='plain'"
+            )
         inputs = [
             x.detach().requires_grad_() if _tensors(x) and isinstance(x, Tensor) else x for x in ctx.inputs
         ]

@@ -193,12 +193,16 @@ def merge_splits(
     sums = tl.zeros([1, BLOCK_D], tl.float32)
     row = (token * NUM_HEADS + head).to(tl.int64)
     chunks = (first_position + query) // CHUNK - oldest // CHUNK + 1
-    for split in tl.range(0, chunks, num_stages=4):
-        part = row * num_splits + split
-        other_peak = tl.load(split_peaks + part)
-        other_total = tl.load(split_totals + part)
-        other_sums = tl.load(split_sums + part[:, None] * BLOCK_D + dims[None, :])
-        peak, total, sums = merge(peak, total, sums, other_peak, other_total, other_sums)
+    for first in range(0, chunks, 16):
+        for i in tl.static_range(16):  # so many loads are under way at once
+            part = row * num_splits + first + i
+            inside = first + i + one < chunks
+            other_peak = tl.load(split_peaks + part, mask=inside, other=float("-inf"))
+            other_total = tl.load(split_totals + part, mask=inside, other=0.0)
+            other_sums = tl.load(
+                split_sums + part[:, None] * BLOCK_D + dims[None, :], mask=inside[:, None], other=0.0
+            )
+            peak, total, sums = merge(peak, total, sums, other_peak, other_total, other_sums)
     store_result(out, gate, token, head, one == 0, total, sums, NUM_HEADS, HEAD_DIM, BLOCK_D, HAS_GATE)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepflash.errors import ConfigError
+from stepflash.kernels import cuda_layout, ops
 from stepflash.kernels.formats import Format, parse_format, quantize, unpack
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.load import load_model
@@ -100,3 +101,25 @@ def test_mistakes_are_named() -> None:
         quantize_model(micro(), "int3")
     with pytest.raises(ConfigError, match=r"match no weight: model\.layer\.0"):
         quantize_model(micro(), "int8", {"model.layer.0.*": "bf16"})
+
+
+def test_a_move_rearranges_the_bytes_for_a_device_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernels of the device it moves to wanted tiles; what the modules hold for the ops follows."""
+    model = load_model(MICRO, "bfloat16", quantization="int4", progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight = model.lm_head.weight
+    assert isinstance(weight, PackedWeight)
+    monkeypatch.setattr(ops, "wants_tiles", lambda device: True)
+    model.to("cpu")
+    assert weight.is_tiled
+    assert torch.equal(
+        weight.packed, cuda_layout.from_panels(before["lm_head.weight.packed"], weight.fmt, *weight.shape)
+    )
+    assert model.lm_head._weight[0][0] is weight.packed  # type: ignore[operator, index]
+    again = weight.packed
+    model.to("cpu")
+    assert weight.packed is again
+    monkeypatch.setattr(ops, "wants_tiles", lambda device: False)
+    model.to("cpu")
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
