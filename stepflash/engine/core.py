@@ -454,12 +454,14 @@ class EngineCore:
         if seq.drafts_are_forced:
             seq.stats.num_forced_tokens += result.num_accepted
             return
-        for k in range(result.num_drafts):
-            is_right = k < result.num_accepted
-            seq.stats.num_drafted_tokens[k] += 1
-            seq.stats.num_accepted_tokens[k] += is_right
-            self._drafted[k] += 1
-            self._accepted[k] += is_right
+        for counts, number in (
+            (seq.stats.num_drafted_tokens, result.num_drafts),
+            (self._drafted, result.num_drafts),
+            (seq.stats.num_accepted_tokens, result.num_accepted),
+            (self._accepted, result.num_accepted),
+        ):
+            for k in range(number):
+                counts[k] += 1
         self.depth.accept(seq.acceptance, result.num_drafts, result.num_accepted)
 
     def _until_stop(self, seq: Sequence, token_ids: list[int]) -> list[int]:

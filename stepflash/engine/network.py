@@ -35,6 +35,10 @@ class Pass:
     greedy: tuple[list[int], list[float]] | None = None
 
 
+# Of a pass that has no logits to show.
+_NONE = torch.empty((0, 0))
+
+
 class Network(Protocol):
     """What the engine runs. `rows` are the tokens of all spans, end to end, whose logits are wanted; ascending."""
 
@@ -49,7 +53,8 @@ class Network(Protocol):
 class Drafts:
     """What all modules in a row left, by module: rows read and hidden states, then each job's draft and its logit.
 
-    `begins`: by module, where each job's rows begin, if there is room between them.
+    `begins`: by module, where each job's rows begin, if there is room between them. `unread`: by module from the
+    second, then by job, the row [1, hidden_size] that it reads next, where that is known already.
     """
 
     rows: Sequence[Tensor]
@@ -57,6 +62,7 @@ class Drafts:
     token_ids: list[int]
     logits: list[float]
     begins: Sequence[Sequence[int]] | None = None
+    unread: Sequence[Tensor] | None = None
 
 
 class ModelNetwork:
@@ -125,10 +131,10 @@ class NativeNetwork:
         """All modules in a row, each drafting greedily for every job; see `draft` in csrc/network_class.cpp."""
         offsets = [0, *accumulate(map(len, token_ids))][:-1]
         flat = token_ids[0] if len(token_ids) == 1 else list(chain.from_iterable(token_ids))
-        done = self._passes[1].draft(
+        rows, left, best, logits, unread = self._passes[1].draft(
             hidden_states, pending, starts, flat, offsets, first_slots, num_known, table_rows
         )
-        return Drafts(*done)
+        return Drafts(rows, left, best, logits, unread=unread)
 
     def trunk_ahead(
         self,
@@ -140,11 +146,11 @@ class NativeNetwork:
     ) -> tuple[Pass, Drafts | None]:
         """The trunk over spans of a token and its drafts, and the next drafts if all goes on; see `run_ahead` in
         csrc/network_class.cpp. The pass has no logits, only every token's best."""
-        hidden_states, best, best_logits, *drafts = self._passes[0].run_ahead(
+        hidden_states, best, best_logits, rows, left, drafts, logits, unread = self._passes[0].run_ahead(
             *_flat(spans), rooms, stop_ids, pending, depth
         )
-        done = Pass(hidden_states, _no_logits(hidden_states), (best, best_logits))
-        return done, Drafts(*drafts) if drafts[0] else None
+        done = Pass(hidden_states, _NONE, (best, best_logits))
+        return done, Drafts(rows, left, drafts, logits, unread=unread) if drafts else None
 
     def _run(self, module: int, spans: Sequence[Span], previous: Tensor | None, rows: Sequence[int]) -> Pass:
         hidden_states, logits, *greedy = self._passes[module].run(*_flat(spans), module, previous, rows)

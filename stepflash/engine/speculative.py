@@ -30,6 +30,8 @@ from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.errors import RequestError
 
+# By module: its first slot to read, and the rows that it read from there on, if it did.
+_Feeds = Seq[tuple[int, Tensor | None]]
 # Of so few rows a view is kept rather than a copy.
 MAX_VIEWED_ROWS = 8
 
@@ -105,7 +107,10 @@ def num_accepted(drafts: Seq[int], chosen: Seq[int]) -> int:
     Since `chosen` is what plain decoding chooses, the output is the same with any drafts; with Gumbel noise
     fixed by position this holds for sampling too (see `sampler`).
     """
-    return next((i for i, draft in enumerate(drafts) if draft != chosen[i]), len(drafts))
+    for i, draft in enumerate(drafts):
+        if draft != chosen[i]:
+            return i
+    return len(drafts)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +131,7 @@ class DraftJob:
     ahead: Drafts | None = None
     drafts: list[int] = field(default_factory=list)
     carries: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    mtp: MtpState = field(default_factory=MtpState)
+    mtp: MtpState = field(init=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -180,17 +185,17 @@ def advance(
 
     A module that no draft needs is left behind until `max_deferred` slots are waiting.
     """
+    ahead = _drafted_ahead(jobs, max_deferred)
+    if ahead is not None:
+        return _take_drafts(jobs, ahead, cache.block_size)
     waiting = [job for job in jobs if _waits(job, max_deferred)]
     for job in waiting:
-        _leave_behind(job)
+        _leave_behind(job, cache.block_size)
     if waiting:
         jobs = [job for job in jobs if job not in waiting]
     is_plain = bool(jobs) and all(_is_plain(job, jobs[0].depth, max_deferred) for job in jobs)
-    done = (_drafted_ahead(jobs) or _draft_now(network, jobs)) if is_plain else None
-    if done is not None:
-        for work in _drafted_in_a_row(done, sampler, jobs):
-            _keep_carries(work, cache.block_size)
-        return
+    if is_plain and isinstance(network, NativeNetwork):
+        return _take_drafts(jobs, _draft_now(network, jobs), cache.block_size)
     with ExitStack() as stack:
         works = []
         for job in jobs:
@@ -203,21 +208,25 @@ def advance(
         for module in range(1, max((job.seq.num_modules for job in jobs), default=0) + 1):
             _run_module(network, cache, sampler, works, module, max_deferred)
     for work in works:
-        _keep_carries(work, cache.block_size)
+        _keep_carries(work.job, work.feeds, cache.block_size)
 
 
 def _waits(job: DraftJob, max_deferred: int) -> bool:
     """Whether nobody asks for drafts and so little waits that all modules may be left behind."""
     seq = job.seq
-    if job.depth or job.must_advance or not seq.num_modules:
+    if not seq.num_modules:
+        return True
+    if job.depth or job.must_advance:
         return False
     end = min(seq.num_computed + 1, len(seq.token_ids))
     return end - seq.mtp.num_computed[0] < max_deferred
 
 
-def _leave_behind(job: DraftJob) -> None:
+def _leave_behind(job: DraftJob, block_size: int) -> None:
     """Keep what the first module will have to read; nothing else changes."""
     job.mtp, job.drafts, job.carries = job.seq.mtp.copy(), [], {}
+    if not job.seq.num_modules:
+        return _keep_carries(job, (), block_size)
     before, rows = job.mtp.pending[0], job.hidden_states
     if rows.shape[0]:
         job.mtp.pending[0] = _kept(rows, rows) if before is None else torch.cat((before, rows))
@@ -234,7 +243,7 @@ def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
         and num_known == seq.num_computed + 1
     ):
         return False
-    if depth < seq.num_modules and (job.must_advance or num_known - mtp.num_computed[depth] >= max_deferred):
+    if _runs_further(job, depth, max_deferred):
         return False
     num_rows = job.hidden_states.shape[0]
     for k, (start, pending) in enumerate(zip(mtp.num_computed[:depth], mtp.pending, strict=False)):
@@ -244,47 +253,27 @@ def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
     return True
 
 
-def _drafted_in_a_row(done: Drafts, sampler: Sampler, jobs: Seq[DraftJob]) -> list[_Work]:
-    """What the loop over `_run_module` comes to for plain jobs of one depth that drafted in one call."""
-    known = [len(job.seq.token_ids) for job in jobs]
-    modules = range(jobs[0].depth)
-    works = []
-    begins = [0] * len(modules)  # of this job's rows in each module's
-    for j, job in enumerate(jobs):
-        seq = job.seq
-        job.mtp, job.drafts, job.carries = seq.mtp.copy(), [], {}
-        work = _Work(job, Walk(None, sampler), None, 0, job.depth, 0)
-        for k in modules:
-            start = seq.mtp.num_computed[k]
-            begin = begins[k] if done.begins is None else done.begins[k][j]
-            end = begin + known[j] + k - start
-            work.rows = done.rows[k] if end - begin == done.rows[k].shape[0] else done.rows[k][begin:end]
-            work.available, begins[k] = known[j] - (k == 0), end
-            work.feeds.append((start, work.rows))
-            job.mtp.num_computed[k] = max(start, known[j])  # the first slots of a module hold nothing
-            job.mtp.pending[k] = _exact_rows(work, start, job.mtp.num_computed[k])
-        for k in range(len(modules), seq.num_modules):
-            start = seq.mtp.num_computed[k]
-            if k == len(modules):  # the first that stays behind has more to read now
-                work.rows = _join(seq.mtp.pending[k], done.hidden_states[k - 1][begin:end])
-                work.available = known[j]
-                job.mtp.pending[k] = _exact_rows(work, start, start)
-            work.feeds.append((start, None))
-        for k in modules:
-            if not math.isfinite(done.logits[k * len(jobs) + j]):
-                break
-            job.drafts.append(done.token_ids[k * len(jobs) + j])
-            if job.drafts[-1] in seq.stop_ids:  # nothing follows a stop token
-                break
-        works.append(work)
-    return works
+def _runs_further(job: DraftJob, depth: int, max_deferred: int) -> bool:
+    """Whether a module must run that is not one of the first `depth`."""
+    seq = job.seq
+    return depth < seq.num_modules and (
+        job.must_advance or len(seq.token_ids) - seq.mtp.num_computed[depth] >= max_deferred
+    )
 
 
-def _draft_now(network: Network, jobs: Seq[DraftJob]) -> Drafts | None:
-    """Draft for plain jobs in one call; None where the network has none."""
-    if not isinstance(network, NativeNetwork):
+def _drafted_ahead(jobs: Seq[DraftJob], max_deferred: int) -> Drafts | None:
+    """What the trunk's call drafted, if it did so for these very jobs and to this depth."""
+    ahead = jobs[0].ahead if jobs else None
+    if ahead is None:
         return None
-    known = [len(job.seq.token_ids) for job in jobs]
+    depth = jobs[0].depth
+    for job in jobs:
+        if job.ahead is not ahead or job.depth != depth or _runs_further(job, depth, max_deferred):
+            return None
+    return ahead if len(ahead.token_ids) == len(jobs) * depth else None
+
+
+def _draft_now(network: NativeNetwork, jobs: Seq[DraftJob]) -> Drafts:
     modules = range(jobs[0].depth)
     states = [job.seq.mtp for job in jobs]
     first = [min(state.num_computed[: len(modules)]) for state in states]
@@ -296,17 +285,51 @@ def _draft_now(network: Network, jobs: Seq[DraftJob]) -> Drafts | None:
         [state.num_computed[k] for k in modules for state in states],
         [job.seq.token_ids[start:] for job, start in zip(jobs, first, strict=True)],
         first,
-        known,
+        [len(job.seq.token_ids) for job in jobs],
         [job.seq.blocks.row for job in jobs],  # type: ignore[union-attr]
     )
 
 
-def _drafted_ahead(jobs: Seq[DraftJob]) -> Drafts | None:
-    """What the trunk's call drafted, if it did so for these very jobs and to this depth."""
-    ahead = jobs[0].ahead
-    if ahead is None or any(job.ahead is not ahead for job in jobs):
-        return None
-    return ahead if len(ahead.token_ids) == len(jobs) * jobs[0].depth else None
+def _take_drafts(jobs: Seq[DraftJob], done: Drafts, block_size: int) -> None:
+    """What the loop over `_run_module` comes to for plain jobs of one depth that drafted in one call."""
+    depth, count = jobs[0].depth, len(jobs)
+    for j, job in enumerate(jobs):
+        seq, before = job.seq, job.seq.mtp
+        known, starts = len(seq.token_ids), before.num_computed
+        job.mtp, job.drafts, job.carries = before.copy(), [], {}
+        for k in range(depth):
+            job.mtp.num_computed[k] = max(starts[k], known)  # the first slots of a module hold nothing
+            job.mtp.pending[k] = None
+            if k > 0 and starts[k] <= known:
+                if done.unread is not None:
+                    job.mtp.pending[k] = done.unread[(k - 1) * count + j]
+                else:
+                    job.mtp.pending[k] = _exact_rows(
+                        _rows(jobs, j, k, done.rows, done), known, starts[k], known
+                    )
+        for draft, logit in zip(done.token_ids[j::count], done.logits[j::count], strict=True):
+            if not math.isfinite(logit):
+                break
+            job.drafts.append(draft)
+            if draft in seq.stop_ids:  # nothing follows a stop token
+                break
+        if depth < seq.num_modules:  # the first that stays behind has more to read now
+            rows = _join(before.pending[depth], _rows(jobs, j, depth - 1, done.hidden_states, done))
+            job.mtp.pending[depth] = _exact_rows(rows, known, starts[depth], starts[depth])
+        elif not job.snapshots and seq.num_computed // block_size * block_size < min(starts):
+            continue  # no boundary among the slots that were read
+        feeds = [
+            (start, _rows(jobs, j, k, done.rows, done) if k < depth else None)
+            for k, start in enumerate(starts)
+        ]
+        _keep_carries(job, feeds, block_size)
+
+
+def _rows(jobs: Seq[DraftJob], j: int, k: int, states: Seq[Tensor], done: Drafts) -> Tensor:
+    """Of states by module, those of job j in the module after k others, when all drafted in one call."""
+    counts = [len(job.seq.token_ids) + k - job.seq.mtp.num_computed[k] for job in jobs[: j + 1]]
+    begin = sum(counts[:j]) if done.begins is None else done.begins[k][j]
+    return states[k][begin : begin + counts[j]]
 
 
 def _run_module(
@@ -334,7 +357,9 @@ def _run_module(
         work.num_tokens = len(token_ids) if wanted else 0
         if not work.num_tokens:
             work.depth = min(work.depth, module - 1)
-        work.job.mtp.pending[module - 1] = _exact_rows(work, start, end if work.num_tokens else start)
+        work.job.mtp.pending[module - 1] = _exact_rows(
+            work.rows, work.available, start, end if work.num_tokens else start
+        )
         work.feeds.append((start, work.rows if work.num_tokens else None))
         if work.num_tokens:
             assert work.rows is not None
@@ -386,12 +411,12 @@ def _draft(sampler: Sampler, drafting: Seq[_Work], done: Pass, module: int) -> N
             work.depth = module - 1
 
 
-def _exact_rows(work: _Work, start: int, end: int) -> Tensor | None:
-    """What the module still has to read of exact states, for slots `end` and up."""
-    if work.rows is None:
+def _exact_rows(rows: Tensor | None, available: int, start: int, end: int) -> Tensor | None:
+    """What a module still has to read for slots `end` and up, of exact rows; `rows` are for slots `start` and up."""
+    if rows is None:
         return None
-    rows = work.rows[end - start : work.available - (start - 1)]
-    return _kept(rows, work.rows) if rows.shape[0] else None
+    left = rows[end - start : available - (start - 1)]
+    return _kept(left, rows) if left.shape[0] else None
 
 
 def _kept(rows: Tensor, whole: Tensor) -> Tensor:
@@ -399,16 +424,15 @@ def _kept(rows: Tensor, whole: Tensor) -> Tensor:
     return rows.clone() if whole.shape[0] > MAX_VIEWED_ROWS else rows
 
 
-def _keep_carries(work: _Work, block_size: int) -> None:
+def _keep_carries(job: DraftJob, feeds: _Feeds, block_size: int) -> None:
     """At each wanted boundary P: the states of slot P - 1 that the modules read for slot P.
 
     Modules may pass the last boundary in different steps, so each one's state there is kept.
     """
-    job = work.job
     last = job.seq.num_computed // block_size * block_size
     for boundary in job.snapshots | {last}:
         carries = []
-        for k, (start, rows) in enumerate(work.feeds):
+        for k, (start, rows) in enumerate(feeds):
             kept = job.mtp.at_last_boundary[k]
             if rows is not None and 0 <= boundary - start < rows.shape[0]:
                 row = rows[boundary - start : boundary - start + 1].clone()

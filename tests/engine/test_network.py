@@ -107,11 +107,11 @@ def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
 def test_drafts_are_the_same_however_they_are_made(
     depth: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the trunk's call, in a call of their own, or module by module: same tokens and same acceptance, for
-    nano and three sequences; with a depth that changes, too."""
+    """Within the trunk's call, in a call of their own, or module by module: same tokens, same acceptance and the same
+    states for the prefix cache, for nano and three sequences; with a depth that changes, too."""
     torch.set_num_threads(2)
     model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
-    found, used = [], []
+    found, used, kept = [], [], []
     for way in ("ahead", "in a row", "one by one"):
         core = EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512))
         num_ahead, num_in_a_row = count_drafts(monkeypatch, "trunk_ahead"), count_drafts(monkeypatch, "draft")
@@ -123,11 +123,22 @@ def test_drafts_are_the_same_however_they_are_made(
         plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
         if depth is None:
             monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
+        snapshots: list[tuple[str, int, list[list[float]]]] = []
+        monkeypatch.setattr(
+            core,
+            "_snapshot",
+            lambda seq, boundary, carries, to=snapshots: to.append(
+                (seq.request.request_id, boundary, [row.tolist() for row in carries])
+            ),
+        )
         found.append(drive_all(core, depth))
+        kept.append(snapshots)
         used.append((sum(num_ahead), sum(num_in_a_row)))
         core.check_integrity()
         monkeypatch.undo()
     assert found[0] == found[1] == found[2]
+    assert kept[0] == kept[1] == kept[2]
+    assert len({boundary for _, boundary, _ in kept[0]}) > 1
     assert sum(sum(accepted) for _, accepted in found[0].values()) > 20
     (ahead, _), (none_ahead, in_a_row), nothing = used
     assert ahead > 5

@@ -428,6 +428,7 @@ AttentionPlan::AttentionPlan(const AttentionArgs& a) {
   int64_t tiles = 0;
   for (int64_t seq = 0; seq < a.num_seqs; ++seq) {
     const int64_t begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
+    is_whole = is_whole && end - begin <= tokens;
     for (int64_t t = begin; t < end; t += tokens) {
       const int64_t count = std::min(tokens, end - t), position = a.seq_lens[seq] - end + t;
       const int64_t oldest = a.window > 0 ? std::max(a.first_key, position - a.window + 1) : a.first_key;
@@ -444,6 +445,7 @@ AttentionPlan::AttentionPlan(const AttentionArgs& a) {
       items.push_back(*item);
       continue;
     }
+    is_whole = false;
     first_part.push_back(partial_rows), num_parts.push_back(num_tiles(*item)), outputs.push_back(*item);
     for (int64_t tile = item->begin / TILE * TILE; tile < item->end; tile += share * TILE) {
       Item part = *item;
@@ -461,7 +463,7 @@ static int64_t partial_stride(const AttentionArgs& args) { return args.cache.hea
 int64_t attention_scratch(const AttentionArgs& args, const AttentionPlan& plan) { return plan.partial_rows * partial_stride(args) * 4; }
 
 template <class Cell>
-static void attend(Team& team, const AttentionArgs& args, const AttentionPlan& plan, float* partials) {
+static void attend(Team& team, const AttentionArgs& args, const AttentionPlan& plan, float* partials, const Rotation* rotation) {
   const int64_t dim = args.cache.head_dim, stride = partial_stride(args);
   Scratch& scratch = *(Scratch*)workspace(2, sizeof(Scratch));
   State &tile = scratch.tile, &total = scratch.total;
@@ -474,6 +476,7 @@ static void attend(Team& team, const AttentionArgs& args, const AttentionPlan& p
   };
   team.share((int64_t)plan.items.size(), [&](int64_t i) {
     const Item& item = plan.items[i];
+    for (int64_t t = 0; rotation && t < item.count; ++t) rope_and_write_head(*rotation, item.first + t, item.kv_head);
     rows.start(item);
     if (item.partial < 0) clear(total, rows.rows, dim);
     float* row = partials + item.partial * stride;
@@ -502,8 +505,9 @@ static void attend(Team& team, const AttentionArgs& args, const AttentionPlan& p
   });
 }
 
-void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* scratch) {
-  args.cache.is_int8 ? attend<Int8>(team, args, plan, (float*)scratch) : attend<Bf16>(team, args, plan, (float*)scratch);
+void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* scratch, const Rotation* rotation) {
+  if (rotation && !plan.is_whole) rope_and_write(team, *rotation), rotation = nullptr;
+  args.cache.is_int8 ? attend<Int8>(team, args, plan, (float*)scratch, rotation) : attend<Bf16>(team, args, plan, (float*)scratch, rotation);
 }
 
 void attention(const AttentionArgs& args) {

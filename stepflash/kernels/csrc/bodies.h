@@ -17,7 +17,13 @@ int64_t moe_scratch(const MoeArgs& args);
 void moe(Team& team, const MoeArgs& args, uint8_t* scratch);
 
 // Norm and rotation of q and k, k and v into the cache, in one phase. q and k may be rotated in place.
-void rope_and_write(Team& team, const RopeArgs& rope, const CacheWriteArgs& write);
+struct Rotation {
+  RopeArgs rope;
+  CacheWriteArgs write;
+};
+void rope_and_write(Team& team, const Rotation& rotation);
+// The same for the heads of one KV head of one token.
+void rope_and_write_head(const Rotation& rotation, int64_t token, int64_t kv_head);
 
 // The work of an attention call; it depends on the lengths of the sequences and not on the layer's weights.
 struct AttentionItem {
@@ -32,12 +38,15 @@ struct AttentionPlan {
   std::vector<AttentionItem> items, outputs;  // outputs: one per tile of rows when its splits are separate items
   std::vector<int64_t> first_part, num_parts;
   int64_t partial_rows = 0;
+  bool is_whole = true;  // an item has all new tokens of its sequence, so that it needs nothing of the others
 
   explicit AttentionPlan(const AttentionArgs& args);
 };
 
 int64_t attention_scratch(const AttentionArgs& args, const AttentionPlan& plan);
-void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* scratch);
+// Queries, keys and values are as they come from their projections where there is a rotation; it is done within the same
+// phase when items are whole, in one before when not.
+void attention(Team& team, const AttentionArgs& args, const AttentionPlan& plan, uint8_t* scratch, const Rotation* rotation = nullptr);
 
 // Up to so many values (tokens times features) every thread prepares all inputs itself: that is cheaper than
 // to wait until the others have prepared their share.

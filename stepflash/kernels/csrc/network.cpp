@@ -206,8 +206,8 @@ static void run(Team& team, const NetworkArgs& args, const NetworkPlan& plan, ui
   for (int64_t i = 0; i < (int64_t)args.layers->size(); ++i) {
     const LayerOps ops{args, plan, (*args.layers)[i], base};
     linear(team, ops.projections(x), scratch);
-    rope_and_write(team, ops.rope(), ops.write());
-    attention(team, ops.attention(), plan.plans[plan.plan_of[i]], scratch);
+    const Rotation rotation{ops.rope(), ops.write()};
+    attention(team, ops.attention(), plan.plans[plan.plan_of[i]], scratch, &rotation);
     linear(team, ops.output(x, middle), scratch);
     moe(team, ops.feed_forward(middle, i + 1 < (int64_t)args.layers->size() ? x : args.hidden), scratch);
   }

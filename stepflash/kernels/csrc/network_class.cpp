@@ -119,9 +119,9 @@ class Network : public torch::CustomClassHolder {
   // token of a greedy sequence and its drafts; it may take rooms[j] tokens more. Every module has read all known tokens, and pending holds, by
   // module from the second, then by sequence, the row that the module reads next. Returns hidden states, best tokens and their logits, all of every
   // token, and what `draft` returns; that is empty if a logit is not finite, or if a sequence ends here or has no room for `depth` drafts.
-  std::tuple<Tensor, Ints, std::vector<double>, Packs, Packs, Ints, std::vector<double>> run_ahead(const Ints& token_ids, const Ints& lengths, const Ints& starts,
-                                                                                                   const Ints& table_rows, const Ints& rooms, const Ints& stop_ids,
-                                                                                                   const Packs& pending, int64_t depth) {
+  std::tuple<Tensor, Ints, std::vector<double>, Packs, Packs, Ints, std::vector<double>, Packs> run_ahead(const Ints& token_ids, const Ints& lengths, const Ints& starts,
+                                                                                                            const Ints& table_rows, const Ints& rooms, const Ints& stop_ids,
+                                                                                                            const Packs& pending, int64_t depth) {
     const int64_t num_seqs = (int64_t)lengths.size();
     TORCH_CHECK(next_ && depth >= 1 && (int64_t)rooms.size() == num_seqs && (int64_t)pending.size() == (depth - 1) * num_seqs, "network: run_ahead needs modules, one room for each span and a row for each later module and span");
     Ints rows(token_ids.size());
@@ -139,11 +139,11 @@ class Network : public torch::CustomClassHolder {
       first_slots.push_back(starts[j] + 1), num_known.push_back(starts[j] + 1 + count);
       offsets.push_back((int64_t)new_ids.size()), new_ids.insert(new_ids.end(), first, first + count);
     }
-    if (!goes_on) return {hidden, best, best_logits, {}, {}, {}, {}};
+    if (!goes_on) return {hidden, best, best_logits, {}, {}, {}, {}, {}};
     for (int64_t m = 0; m < depth; ++m) module_starts.insert(module_starts.end(), first_slots.begin(), first_slots.end());
     unread.insert(unread.end(), pending.begin(), pending.end());
-    auto [read, left, drafts, draft_logits] = next_->draft(states, unread, module_starts, new_ids, offsets, first_slots, num_known, table_rows);
-    return {hidden, best, best_logits, read, left, drafts, draft_logits};
+    auto [read, left, drafts, draft_logits, following] = next_->draft(states, unread, module_starts, new_ids, offsets, first_slots, num_known, table_rows);
+    return {hidden, best, best_logits, read, left, drafts, draft_logits, following};
   }
 
   // The module whose drafts follow this one's; after the trunk comes the first.
@@ -153,9 +153,10 @@ class Network : public torch::CustomClassHolder {
   // job per sequence. hidden_states: by job, what the trunk left at its newest slots. By module, then by job:
   // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
   // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and table_rows, its row in the tables.
-  // Returns by module the rows that it read and its hidden states, jobs end to end, and, module by module, each job's draft and its logit.
-  std::tuple<Packs, Packs, Ints, std::vector<double>> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids,
-                                                            const Ints& offsets, const Ints& first_slots, const Ints& num_known, const Ints& table_rows) {
+  // Returns by module the rows that it read and its hidden states, jobs end to end; module by module, each job's draft and its logit; and by
+  // module from the second, then by job, the row that it reads next (empty: none).
+  std::tuple<Packs, Packs, Ints, std::vector<double>, Packs> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids,
+                                                                     const Ints& offsets, const Ints& first_slots, const Ints& num_known, const Ints& table_rows) {
     const int64_t jobs = (int64_t)hidden_states.size(), modules = jobs ? (int64_t)starts.size() / jobs : 0;
     int64_t most = 1;
     for (Network* module = this; (module = module->next_.get());) ++most;
@@ -166,17 +167,17 @@ class Network : public torch::CustomClassHolder {
     Batch batch;
     choose_tables(batch, table_rows, *std::max_element(num_known.begin(), num_known.end()) + modules);
     const auto options = at::TensorOptions().dtype(type_);
-    Packs read, left;
     Ints drafts(modules * jobs), last(jobs), bounds(jobs + 1, 0);
     std::vector<float> values(modules * jobs);
-    Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat));
+    Packs read, left, following;
+    const Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat)), later = at::empty({(modules - 1) * jobs, args_.hidden_size}, options);
+    const int64_t row_bytes = args_.hidden_size * later.element_size();
     Network* module = this;
     for (int64_t m = 0; m < modules; ++m, module = module->next_.get()) {
       const Ints before = bounds;  // of the module before: its tokens, jobs end to end
       for (int64_t j = 0; j < jobs; ++j) bounds[j + 1] = bounds[j] + num_known[j] + m - starts[m * jobs + j];
       batch.start(jobs, bounds[jobs]);
       Tensor rows = at::empty({bounds[jobs], args_.hidden_size}, options), hidden = at::empty({bounds[jobs], args_.hidden_size}, options);
-      const int64_t row_bytes = args_.hidden_size * rows.element_size();
       for (int64_t j = 0; j < jobs; ++j) {
         // What is still unread of the module before, then what it has just left.
         const Tensor& unread = pending[m * jobs + j];
@@ -195,6 +196,10 @@ class Network : public torch::CustomClassHolder {
         }
         last[j] = t - 1;
         batch.end_sequence(j, t, num_known[j] + m);
+        if (m == 0) continue;
+        const int64_t at = num_known[j] - starts[m * jobs + j], place = (m - 1) * jobs + j;
+        following.push_back(later.narrow(0, place, at >= 0));
+        if (at >= 0) std::memcpy((char*)later.data_ptr() + place * row_bytes, to + at * row_bytes, row_bytes);
       }
       NetworkArgs a = module->pass(batch);
       a.previous = view(rows, "previous");
@@ -203,7 +208,7 @@ class Network : public torch::CustomClassHolder {
       module->run_checked(a, hidden);
       read.push_back(rows), left.push_back(hidden);
     }
-    return {read, left, drafts, std::vector<double>(values.begin(), values.end())};
+    return {read, left, drafts, std::vector<double>(values.begin(), values.end()), following};
   }
 
  private:

@@ -68,19 +68,22 @@ void cache_write(const CacheWriteArgs& args) {
   });
 }
 
-void rope_and_write(Team& team, const RopeArgs& rope, const CacheWriteArgs& write) {
-  const int64_t kv_heads = rope.num_kv_heads, group = rope.num_heads / kv_heads;
-  const int64_t step = tokens_per_item(rope.num_tokens);
-  team.share((rope.num_tokens + step - 1) / step * kv_heads, [&](int64_t item) {
-    const int64_t first = item / kv_heads * step, h = item % kv_heads;
-    float head[512];
-    for (int64_t t = first; t < rope.num_tokens && t < first + step; ++t) {
-      for (int64_t i = h * group; i < (h + 1) * group; ++i) norm_rope_head(rope, t, i, head);
-      norm_rope_head(rope, t, rope.num_heads + h, head);
-      if (write.slots[t] < 0) continue;
-      for (const bool is_value : {false, true}) write_token_head(write, is_value, t, h);
-    }
-  }, rope.num_tokens < 8);
+void rope_and_write_head(const Rotation& rotation, int64_t t, int64_t h) {
+  const RopeArgs& rope = rotation.rope;
+  const int64_t group = rope.num_heads / rope.num_kv_heads;
+  float head[512];
+  for (int64_t i = h * group; i < (h + 1) * group; ++i) norm_rope_head(rope, t, i, head);
+  norm_rope_head(rope, t, rope.num_heads + h, head);
+  if (rotation.write.slots[t] < 0) return;
+  for (const bool is_value : {false, true}) write_token_head(rotation.write, is_value, t, h);
+}
+
+void rope_and_write(Team& team, const Rotation& rotation) {
+  const int64_t num_tokens = rotation.rope.num_tokens, kv_heads = rotation.rope.num_kv_heads, step = tokens_per_item(num_tokens);
+  team.share((num_tokens + step - 1) / step * kv_heads, [&](int64_t item) {
+    const int64_t first = item / kv_heads * step;
+    for (int64_t t = first; t < num_tokens && t < first + step; ++t) rope_and_write_head(rotation, t, item % kv_heads);
+  }, num_tokens < 8);
 }
 
 }  // namespace SF_ISA
