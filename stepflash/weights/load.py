@@ -71,7 +71,7 @@ def load_model(
         quantization: a weight format ("int8", "int4_g64", "fp8", "bf16", ...; `formats.parse_format`) to pack
             the matrices in for the kernels, one at a time; "stored" packs each as the checkpoint has it (FP8,
             Q8_0, Q4_K and Q6_K grow by nothing); "plain" decodes everything into a network that can also be
-            trained. Packed weights for a GPU are packed in host memory first. None is "stored" for a checkpoint
+            trained. Weights for a GPU are packed in host memory, one at a time. None is "stored" for a checkpoint
             of `stepflash quantize` and "plain" for all others.
         protect: patterns of released names to formats, see `quantize_model`; None keeps the head gates in bf16.
         draft_format: of the prediction modules' matrices that are stored as plain floats, head gates excepted;
@@ -92,7 +92,7 @@ def load_model(
     receipt = checked_receipt(checkpoint)
     if quantization is None:
         quantization = STORED if is_packed(checkpoint) else PLAIN
-    packed_device, device = device, "cpu" if quantization != PLAIN else device  # packed here, moved whole
+    packed_device, device = device, "cpu" if quantization != PLAIN else device  # packed here, then moved
 
     model = empty_model(config)
     names = list(expected_tensors(config))
@@ -120,6 +120,7 @@ def load_model(
                 rules,
                 on_pieces=receipt.checked if receipt is not None else None,
                 on_done=lambda stored: bar.advance(task, stored.num_bytes),
+                device=packed_device,
             )
             pack_network(model, packer)
             if protect is not None:

@@ -227,6 +227,7 @@ class StoredPacker(Packer):
             (bf16 for floats, int8 for other blocks).
         on_pieces: passes on the stored bytes of a tensor that is taken over unchanged; the loader's digests.
         on_done: called after each tensor.
+        device: where each tensor goes as soon as it is packed, so that host memory holds one of them at a time.
     """
 
     def __init__(
@@ -236,9 +237,10 @@ class StoredPacker(Packer):
         protect: Mapping[str, str],
         on_pieces: Callable[[StoredTensor, Iterator[Tensor]], Iterator[Tensor]] | None = None,
         on_done: Callable[[StoredTensor], None] = lambda _: None,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(default, protect)
-        self.tensors, self.on_pieces, self.on_done = tensors, on_pieces, on_done
+        self.tensors, self.on_pieces, self.on_done, self.device = tensors, on_pieces, on_done, device
         self._unequal: set[str] = set()
 
     def swiglu(self, prefix: str, gate: Tensor, up: Tensor, down: Tensor) -> nn.ModuleList:
@@ -254,7 +256,7 @@ class StoredPacker(Packer):
         pieces = pack_pieces(stored, fmt)
         if self.on_pieces is not None and stored.packed is not None and stored.packed.fmt == fmt:
             pieces = self.on_pieces(stored, pieces)
-        packed = PackedWeight.from_pieces(stored.shape, fmt, pieces)
+        packed = PackedWeight.from_pieces(stored.shape, fmt, pieces).to(self.device)
         self.on_done(stored)
         return packed
 

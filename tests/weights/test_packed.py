@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,23 @@ def test_a_packed_model_moves_whole() -> None:
     given += [layer.attention._before[0], *model.lm_head._weight[0]]  # type: ignore[union-attr, index, list-item]
     assert all(tensor.is_meta for tensor in [*given, *model.parameters(), *model.buffers()])
     assert layer.feed_forward(torch.empty(3, model.config.hidden_size, device="meta")).is_meta  # type: ignore[operator, union-attr]
+
+
+def test_each_weight_is_moved_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory need not hold a packed model that goes to a GPU."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    from_pieces = PackedWeight.from_pieces.__func__  # type: ignore[attr-defined]
+
+    def watched(cls: type[PackedWeight], *args: object) -> PackedWeight:
+        nonlocal most
+        weight: PackedWeight = from_pieces(cls, *args)
+        alive.append(weakref.ref(weight.packed))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return weight
+
+    monkeypatch.setattr(PackedWeight, "from_pieces", classmethod(watched))
+    model = load_model(MICRO, device="meta", quantization="int8", progress=False)
+    assert len(alive) > 20
+    assert most == 1
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
