@@ -297,6 +297,27 @@ def test_attention(dtype: torch.dtype, window: int, counts: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_over_what_fills_up_a_captured_pass(dtype: torch.dtype, window: int) -> None:
+    """As engine/cuda_graphs.py does: the first token again as a sequence of its own, then sequences without tokens,
+    and the tables of both groups side by side. It changes no bit of the others."""
+    lengths, rest = [41, 5, 60], [0] * 5
+    cache = Cache(lengths, dtype)
+    q = randn(9, 8, 32)
+    q[8] = q[0]
+    tables = torch.full((9, 2, cache.table.shape[1]), -9, dtype=torch.int32, device=DEVICE)
+    tables[:3, 0], tables[3, 0] = cache.table, cache.table[0]
+    lens = torch.tensor([*lengths, 41 - 4 + 1, *rest], dtype=torch.int32, device=DEVICE)
+    bounds = torch.tensor([0, 4, 5, 8, 9, *(n + 9 for n in rest)], dtype=torch.int32, device=DEVICE)
+    options = (window, 0.2, 0, None, *cache.scales)
+    filled = cuda.paged_attention(q, cache.keys, cache.values, tables[:, 0], lens, bounds, *options)
+    alone = cuda.paged_attention(q[:8], cache.keys, cache.values, cache.table, lens[:3], bounds[:4], *options)
+    assert torch.equal(filled[:8], alone)
+    assert torch.equal(filled[8], filled[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("window", [0, 20])
 def test_keys_before_the_first_are_never_seen(window: int) -> None:
     lengths, counts = [50, 6], [50, 6]
