@@ -315,6 +315,7 @@ def _add_sampling(parser: argparse.ArgumentParser, default_max_tokens: int | Non
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
+    group.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (the default), cuda or cuda:N")
     group.add_argument(
         "--dtype", metavar="TYPE", help=f"of weights, and of keys and values: {', '.join(DTYPES)}"
     )
@@ -339,6 +340,7 @@ def _engine_settings(args: argparse.Namespace) -> EngineSettings:
     if args.allow_known_bad:
         os.environ["STEPFLASH_ALLOW_KNOWN_BAD"] = "1"
     return EngineSettings(
+        device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
         max_num_seqs=args.max_num_seqs,

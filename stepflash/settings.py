@@ -31,9 +31,11 @@ REASONING_FIELDS = {
 class EngineSettings:
     """How to run a model. None leaves the choice to the engine.
 
-    `prefix_cache` is a file: what was cached when the engine ended is there again when it starts.
+    `device` is cpu, cuda or cuda:N. `prefix_cache` is a file: what was cached when the engine ended is there again
+    when it starts.
     """
 
+    device: str = "cpu"
     dtype: str | None = None
     quantization: str | None = None
     max_num_seqs: int | None = None

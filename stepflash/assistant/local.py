@@ -51,7 +51,8 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     dtype = settings.dtype
     if dtype is None:
         is_small = config.num_parameters(trunk=False) <= FLOAT32_PARAMETERS
-        dtype = "float32" if is_small and not build.load() else "bfloat16"
+        is_slow = settings.device == "cpu" and not build.load()
+        dtype = "float32" if is_small and is_slow else "bfloat16"
     options: dict[str, Any] = {
         "max_num_seqs": settings.max_num_seqs,
         "kv_cache_bytes": settings.kv_cache_bytes,
@@ -62,6 +63,7 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
     llm = LLM(
         path,
         dtype=dtype,
+        device=settings.device,
         quantization=settings.quantization,
         tokenizer=tokenizer,
         chat_template=template,

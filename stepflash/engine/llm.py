@@ -345,17 +345,39 @@ def _load(
     model: str | Path, dtype: str | torch.dtype, quantization: str | None, device: str
 ) -> tuple[Path, Step3p5ForCausalLM]:
     from stepflash.kernels.build import load as load_kernels
+    from stepflash.kernels.ops import wants_tiles
     from stepflash.weights.hub import resolve_model
     from stepflash.weights.load import load_model
     from stepflash.weights.packed import STORED
 
+    target = _checked_device(device)
     path = resolve_model(model)
     # float32 asks for precision, and without native kernels packed weights are slower than decoded ones.
-    may_pack = str(dtype).endswith("bfloat16") and torch.device(device).type == "cpu"
-    if quantization is None and may_pack and load_kernels():
+    has_kernels = load_kernels() if target.type == "cpu" else wants_tiles(target)
+    if quantization is None and str(dtype).endswith("bfloat16") and has_kernels:
         # Prediction modules only propose: in fewer bits they are quicker, and no answer can change.
         return path, load_model(path, dtype=dtype, device=device, quantization=STORED, draft_format="int8")
     return path, load_model(path, dtype=dtype, device=device, quantization=quantization)
+
+
+def _checked_device(name: str) -> torch.device:
+    """Raises ConfigError for a device that is unknown or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; it must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = (
+            f"has {torch.cuda.device_count()}"
+            if torch.cuda.is_available()
+            else "has none that PyTorch can use"
+        )
+        raise ConfigError(
+            f"device is {name!r}, but this machine {found}; a CUDA build of PyTorch and a driver are needed"
+        )
+    return device
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

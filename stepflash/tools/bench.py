@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--format", metavar="F", help="pack the weights: bf16, fp8, int8, int4, int4_g128, ..."
     )
+    engine.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (the default), cuda or cuda:N")
     engine.add_argument("--threads", type=int, metavar="N", help="(torch's own choice)")
     engine.add_argument(
         "--context", type=_numbers, metavar="N[,N...]", help="prompt tokens (16,2048; for prefill 2048)"
@@ -107,6 +108,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     is_mtp = options.subject == "mtp"
     llm = LLM(
         model,
+        device=options.device,
         quantization=options.format,
         kv_dtype=options.kv_dtype,
         max_num_seqs=options.streams,
@@ -117,7 +119,9 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     )
     memory = PeakMemory()
     memory.note()
-    before = ops.measure_bandwidth()
+    device = str(llm.core.cache.device)
+    num_bytes = 512 << 20 if device == "cpu" else 4 << 30
+    before = ops.measure_bandwidth(num_bytes, device=device)
     memory.forget()  # the buffer of that measurement is not the engine's
     measured = SUBJECTS[options.subject](llm, options, before)
     peak_rss_bytes = memory.note()
@@ -129,9 +133,10 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
         "kv_bytes_per_token": llm.stats().kv_bytes_per_token,
         "kv_window_bytes": llm.stats().kv_window_bytes,
         "threads": torch.get_num_threads(),
-        "kernels": build.loaded_isa() or "reference",
+        "device": device,
+        "kernels": (build.loaded_isa() or "reference") if device == "cpu" else "triton",
         "bandwidth": before,
-        "bandwidth_after": ops.measure_bandwidth(),
+        "bandwidth_after": ops.measure_bandwidth(num_bytes, device=device),
         **measured,
         "peak_rss_bytes": peak_rss_bytes,
     }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stepflash.errors import ConfigError, WeightsError
-from stepflash.kernels import ops
+from stepflash.kernels import cuda_layout, ops
 from stepflash.kernels.formats import Format, packed_bytes, parse_format, unpack
 from stepflash.weights.names import layer_of
 from stepflash.weights.quantized import PackedWeight, Packer
@@ -224,7 +224,7 @@ class StoredPacker(Packer):
 
     Args:
         default: a format, or "stored": what a tensor is stored in if the kernels read that, else the nearest
-            (bf16 for floats, int8 for other blocks).
+            (bf16 for floats, int8 for other blocks; on a GPU for Q4_K and Q6_K, too).
         on_pieces: passes on the stored bytes of a tensor that is taken over unchanged; the loader's digests.
         on_done: called after each tensor.
         device: where each tensor goes as soon as it is packed, so that host memory holds one of them at a time.
@@ -253,6 +253,8 @@ class StoredPacker(Packer):
     def pack(self, name: str, weight: Tensor) -> PackedWeight:
         stored = self.tensors[name]
         fmt = Format.BF16 if name in self._unequal else format_of(stored, self.format_name(name))
+        if not cuda_layout.is_supported(fmt) and ops.wants_tiles(torch.device(self.device)):
+            fmt = parse_format("int8", stored.shape[-1])
         pieces = pack_pieces(stored, fmt)
         if self.on_pieces is not None and stored.packed is not None and stored.packed.fmt == fmt:
             pieces = self.on_pieces(stored, pieces)

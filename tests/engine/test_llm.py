@@ -190,6 +190,10 @@ def test_wrong_input_is_refused_before_anything_runs(llm: LLM) -> None:
         LLM(llm.model, max_seqs=3)
     with pytest.raises(ConfigError, match="kv_dtype is 'fp8'"):
         LLM(llm.model, kv_dtype="fp8")
+    with pytest.raises(ConfigError, match="device is 'tpu'; it must be cpu, cuda or cuda:N"):
+        LLM("nano", device="tpu")
+    with pytest.raises(ConfigError, match="device is 'cuda:99', but this machine has"):
+        LLM("nano", device="cuda:99")
     with pytest.raises(ConfigError, match="no tokenizer"):
         LLM(llm.model, **SHORT).generate("text")
     assert not llm.core.has_work

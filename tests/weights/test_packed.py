@@ -14,6 +14,7 @@ from stepflash.engine.llm import LLM
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import ConfigError
 from stepflash.gguf_file import GGML_TYPES, TYPE_IDS, GGUFTensor
+from stepflash.kernels import cuda_layout
 from stepflash.kernels.formats import Format, parse_format, quantize, unpack
 from stepflash.weights import gguf, packed
 from stepflash.weights.checkpoint import open_checkpoint
@@ -96,6 +97,24 @@ def test_gguf_blocks_are_rearranged_not_rounded(type_name: str, tmp_path: Path) 
     tensor = gguf._stored("model.layers.0.moe.up_proj.weight", entry, TensorFile(file), None)
     assert tensor.shape == (num_experts, num_rows, k)
     assert torch.equal(unpacked(tensor), decoded(tensor))
+
+
+def test_a_gpu_has_no_kernels_for_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q4_K becomes int8 there; `wants_tiles` is what tells that a device is one."""
+    num_bytes = 512 * 64 // 256 * 144
+    raw = torch.randint(0, 0x3B, (num_bytes,), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    file = tmp_path / "blocks"
+    file.write_bytes(raw.numpy().tobytes())
+    name = "model.layers.0.mlp.up_proj.weight"
+    entry = GGUFTensor("blk.0.ffn_up.weight", (512, 64), TYPE_IDS["Q4_K"], file, 0, num_bytes)
+    tensor = gguf._stored(name, entry, TensorFile(file), None)
+    packer = packed.StoredPacker({name: tensor}, packed.STORED, {})
+    assert packer.pack(name, torch.empty(0)).fmt == Format.Q4_K
+    monkeypatch.setattr(packed.ops, "wants_tiles", lambda device: True)
+    weight = packer.pack(name, torch.empty(0))
+    assert (weight.fmt, weight.is_tiled) == (Format.INT8_G128, True)
+    values = unpack(cuda_layout.to_panels(weight.packed, weight.fmt, 64, 512), weight.fmt, 64, 512)
+    torch.testing.assert_close(values, decoded(tensor), rtol=0, atol=float(values.abs().max()) / 200)
 
 
 def test_llm_keeps_the_stored_format(tmp_path: Path) -> None:
