@@ -28,7 +28,11 @@ from stepflash.weights.load import load_model
 from .conftest import MICRO, collect, drive
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("default"),  # compilers warn of their own settings
+]
 
 
 def new_core(model: Step3p5ForCausalLM, has_graphs: bool, **options: object) -> EngineCore:
@@ -87,8 +91,10 @@ def requests(prompts: Sequence[Sequence[int]], **options: object) -> list[Reques
     ]
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype"),
+    [("bf16", torch.bfloat16), ("int8", torch.int8), ("int4", torch.bfloat16)],
+)
 def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dtype) -> None:
     """Filled up and not, trunk and modules, each graph used twice; what fills up writes nothing."""
     model = load_model(MICRO, dtype="bfloat16", device=DEVICE, quantization=quantization, progress=False)
@@ -96,7 +102,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
     graphs, plain, rng = core.runner.network, ModelNetwork(model, core.cache), random.Random(5)
     sequences = [core.cache.open() for _ in range(4)]
     done = [0] * 4
-    for lengths in ((40, 7, 30, 1), (1, 4, 4, 1), (1, 1, 1, 1), (1, 1, 1, 1), (4, 1, 4, 1)):
+    for lengths in ((4, 2, 3, 1), (1, 4, 4, 1), (1, 1, 1, 1), (1, 1, 1, 1), (4, 1, 4, 1)):
         spans = []
         for i, (blocks, length) in enumerate(zip(sequences, lengths, strict=True)):
             for group in (0, 1):
@@ -122,7 +128,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
                 if got.greedy is not None:
                     best = got.logits.max(-1)
                     assert got.greedy == (best.indices.tolist(), best.values.tolist())
-    assert num_captured(core) == 12  # passes of 96, 12 and 4 tokens
+    assert num_captured(core) == 8  # passes of 12 and of 4 tokens
 
 
 def test_greedy_answers_are_the_same_with_graphs_and_drafts(
