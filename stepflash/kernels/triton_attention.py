@@ -110,7 +110,7 @@ def store_result(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_splits", "first_key"])
 def attend(
     q, k_cache, v_cache, k_scale, v_scale, gate, block_table, seq_lens, cu_seqlens, out, split_peaks, split_totals,
     split_sums, num_seqs, table_stride, window, first_key, scale, num_splits,
@@ -170,7 +170,7 @@ def attend(
         store_result(out, gate, token, head, live, total, sums, NUM_HEADS, HEAD_DIM, BLOCK_D, HAS_GATE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_splits", "first_key"])
 def merge_splits(
     gate, seq_lens, cu_seqlens, out, split_peaks, split_totals, split_sums, num_seqs, window, first_key, num_splits,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_ROWS: tl.constexpr,

@@ -262,7 +262,7 @@ def fetch_rows(codes, first_step, stride, KIND: tl.constexpr, GROUP: tl.constexp
         fetch(codes + at, at < stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_weighted", "out_rows"])
 def matmul(
     x, codes_a, scales_a, codes_b, scales_b, codes_c, scales_c, rows, experts, row_weights, out,
     size_a, size_b, size_c, expert_codes, expert_scales, num_experts, num_weighted, out_rows, in_features, steps,
@@ -338,7 +338,7 @@ def swiglu_of(gates, ups, limit):
     return (activated * tl.maximum(ups, -limit, propagate_nan=tl.PropagateNan.ALL)).to(tl.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routed", "num_rows"])
 def swiglu(
     x, gate, gate_scales, up, up_scales, shared_gate, shared_gate_scales, shared_up, shared_up_scales, rows, experts,
     out, size, expert_codes, expert_scales, num_experts, num_routed, num_rows, limit, shared_limit, in_features,
@@ -432,7 +432,7 @@ def swiglu(
 # ---- what follows them --------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_routed"])
 def activate(
     parts, out, num_rows, size, num_routed, limit, shared_limit, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -450,7 +450,7 @@ def activate(
     tl.store(out + row * size + column, result, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def finish(
     parts, residual, out, num_tokens, size, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -467,7 +467,7 @@ def finish(
     tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine(
     routed, parts, residual, out, num_tokens, size, TOP_K: tl.constexpr, PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,

@@ -65,7 +65,7 @@ def add_parts(parts, at, stride, mask, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def finish_heads(
     parts, gate_parts, q_weight, k_weight, cos, sin, q, k, v, gate, num_tokens, eps, NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -7,7 +7,7 @@ import triton.language as tl
 from stepflash.kernels.triton_start import announce, enter, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_logits(
     x, weight, out, num_tokens, num_experts, in_features, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,7 +44,7 @@ def add_logits(logits, token, expert, mask, num_tokens, num_experts, SPLITS: tl.
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def choose_experts(
     logits, bias, topk_ids, topk_weights, num_tokens, num_experts, scaling_factor, HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -75,7 +75,7 @@ def choose_experts(
     tl.store(topk_weights + token * TOP_K + place, weights, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "num_shared_blocks", "num_tokens"])
 def group_rows(
     ids, rows, experts, first_blocks, num_rows, num_experts, num_blocks, num_shared_blocks, num_tokens,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ALL_ROWS: tl.constexpr,

@@ -5,6 +5,8 @@ Hopper and later overlap kernels that follow one another: the programs of the ne
 this one's are running, do what depends on nothing, and wait. `enter` is the first line of a kernel; it must come
 before the first access to memory that another writes or reads, and no kernel may leave it out: that one has waited
 means that all before it are over.
+
+Numbers of tokens and the like are `do_not_specialize`: a kernel is not compiled anew for one token, or sixteen.
 """
 
 import torch

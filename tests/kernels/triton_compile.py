@@ -50,7 +50,7 @@ class Compiler:
         signature, constants = {}, {}
         for p in self.kernel.params:
             value = given[p.name]
-            if p.is_constexpr or (type(value) is int and value == 1):
+            if p.is_constexpr or (type(value) is int and value == 1 and not p.do_not_specialize):
                 signature[p.name], constants[p.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[p.name] = _TYPES[value.dtype]
@@ -61,6 +61,7 @@ class Compiler:
             (i,): [["tt.divisibility", 16]]
             for i, p in enumerate(self.kernel.params)
             if p.name not in constants
+            and not p.do_not_specialize
             and (
                 isinstance(given[p.name], torch.Tensor)
                 or (type(given[p.name]) is int and given[p.name] % 16 == 0)
