@@ -3,7 +3,7 @@
 What is put in while a delivery is on its way goes with it, and deliveries are some milliseconds apart: a small model
 that makes a thousand steps a second neither wakes the loop nor has its clients written to for each of them. With many
 streams a delivery is work for the loop, and a small model loses the time: deliveries are then so far apart that they
-take a tenth of it. Where steps take longer, each is delivered at once; so is the first and the last of a stream.
+take a twentieth of it. Where steps take longer, each is delivered at once; so is the first and the last of a stream.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._items: deque[tuple[Stream, Output | BaseException, bool]] = deque()
+        self._batches: deque[tuple[Sequence[tuple[Stream, Output | BaseException]], bool]] = deque()
         self._asked = _NO_DELIVERY
         self._held: dict[Stream, list[Output | BaseException]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._delivered_at = float("-inf")
         self._interval = MIN_SECONDS
 
-    def put(self, stream: Stream, item: Output | BaseException) -> bool:
-        """False if the loop is gone, and its requests with it."""
-        is_urgent = _is_urgent(item)
+    def put(self, batch: Sequence[tuple[Stream, Output | BaseException]]) -> bool:
+        """What a step brought. False if the loop is gone, and its requests with it."""
+        is_urgent = any(_is_urgent(item) for _, item in batch)
         # First of all: a delivery that has begun takes it along, or has forgotten by then that it was asked for.
-        self._items.append((stream, item, is_urgent))
+        self._batches.append((batch, is_urgent))
         wanted = _AT_ONCE if is_urgent else _SOON
         if self._asked >= wanted:
             return not self._loop.is_closed()
@@ -101,11 +101,12 @@ class Outbox:
     def _take(self) -> set[Stream]:
         """Sort what was put in by streams; those for which something is urgent."""
         urgent = set()
-        while self._items:
-            stream, item, is_urgent = self._items.popleft()
-            self._held.setdefault(stream, []).append(item)
-            if is_urgent:
-                urgent.add(stream)
+        while self._batches:
+            batch, is_urgent = self._batches.popleft()
+            for stream, item in batch:
+                self._held.setdefault(stream, []).append(item)
+                if is_urgent and _is_urgent(item):
+                    urgent.add(stream)
         return urgent
 
     def _note_work(self, has_joined: bool) -> None:

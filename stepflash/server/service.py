@@ -278,8 +278,6 @@ class Service:
                 log.exception("%s %s failed in its stream", record.method, record.path)
                 record.outcome = 500
                 yield error_frame(EngineError("internal error"))
-            if last_frame:
-                yield last_frame
 
         def last_words() -> bytes:
             error = self.closing.error()
@@ -290,6 +288,7 @@ class Service:
             all_frames(),
             self.closing,
             last_words,
+            last_frame=last_frame,
             keep_alive=keep_alive,
             send_seconds=self.settings.send_seconds,
             send_body=record.send,

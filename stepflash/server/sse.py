@@ -75,6 +75,7 @@ class EventStream(Response):
         closing: Closing,
         last_words: Callable[[], bytes],
         *,
+        last_frame: bytes = b"",
         keep_alive: KeepAlive = COMMENTS,
         send_seconds: float | None = None,
         send_body: Send | None = None,
@@ -85,6 +86,7 @@ class EventStream(Response):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._send_seconds = send_seconds
         self._send_body = send_body
+        self._last_frame = last_frame
         del self.headers["content-length"]
         self._frames = frames
         self._closing = closing
@@ -122,7 +124,7 @@ class EventStream(Response):
                             self._sending_since = time.monotonic()
                             await send_body({"type": "http.response.body", "body": data, "more_body": True})
                             self._sent_at, self._sending_since = self._sending_since, None
-                    await self._send(send_body, _body(b"", more_body=False))
+                    await self._send(send_body, _body(self._last_frame, more_body=False))
                 finally:
                     watching.cancel()
         except TimeoutError:

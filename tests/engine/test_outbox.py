@@ -47,10 +47,10 @@ def test_two_streams_get_all_of_theirs_in_order(bursts: list[list[int]], pauses:
             for burst, pause in zip(bursts, pauses, strict=False):
                 total += len(burst)
                 for name, stream in enumerate(streams):
-                    assert outbox.put(stream, output(str(name), burst, total))
+                    assert outbox.put([(stream, output(str(name), burst, total))])
                 time.sleep(pause)
             for name, stream in enumerate(streams):
-                outbox.put(stream, output(str(name), [100], total + 1, "length"))
+                outbox.put([(stream, output(str(name), [100], total + 1, "length"))])
 
         thread = threading.Thread(target=produce)
         thread.start()
@@ -81,16 +81,16 @@ def test_the_first_and_the_last_go_at_once_and_what_is_between_together() -> Non
     async def main() -> None:
         outbox, stream, other = Outbox(asyncio.get_running_loop()), Stream(), Stream()
         first = output("a", [1], 1)
-        outbox.put(stream, first)
+        outbox.put([(stream, first)])
         await two_turns()
         assert arrived(stream) == [first]
         outbox._interval = 60.0  # as if there were much work
         for n in range(2, 6):
-            outbox.put(stream, output("a", [n], n))
-            outbox.put(other, output("b", [n], n))
+            outbox.put([(stream, output("a", [n], n))])
+            outbox.put([(other, output("b", [n], n))])
             await two_turns()
             assert arrived(stream) == arrived(other) == []
-        outbox.put(stream, output("a", [6], 6, "stop"))
+        outbox.put([(stream, output("a", [6], 6, "stop"))])
         await two_turns()
         (last,) = arrived(stream)
         assert (last.token_ids, last.finish_reason) == ((2, 3, 4, 5, 6), "stop")
@@ -108,7 +108,7 @@ def test_outputs_that_come_slowly_never_wait() -> None:
     async def main() -> None:
         outbox, stream = Outbox(asyncio.get_running_loop()), Stream()
         for n in range(1, 5):
-            outbox.put(stream, output("a", [n], n))
+            outbox.put([(stream, output("a", [n], n))])
             await two_turns()
             assert [item.token_ids for item in arrived(stream)] == [(n,)]
             await asyncio.sleep(2 * MIN_SECONDS)
@@ -121,17 +121,17 @@ def test_while_outputs_come_quickly_only_a_timer_wakes_the_loop() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         outbox, stream = Outbox(loop), Stream()
-        outbox.put(stream, output("a", [1], 1))
+        outbox.put([(stream, output("a", [1], 1))])
         await two_turns()
         for n in (2, 3):
-            outbox.put(stream, output("a", [n], n))
+            outbox.put([(stream, output("a", [n], n))])
         await asyncio.sleep(MIN_SECONDS * 1.5)
         assert [item.token_ids for item in arrived(stream)] == [(1,), (2, 3)]
         # The next delivery has its time, so nothing is asked of the loop.
         assert outbox._timer is not None
         call = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = None  # type: ignore[method-assign, assignment]
-        outbox.put(stream, output("a", [4], 4))
+        outbox.put([(stream, output("a", [4], 4))])
         loop.call_soon_threadsafe = call  # type: ignore[method-assign]
         item = await asyncio.wait_for(stream.get(), 20)
         assert isinstance(item, Output)
@@ -139,7 +139,7 @@ def test_while_outputs_come_quickly_only_a_timer_wakes_the_loop() -> None:
         # With nothing to deliver it ends.
         await asyncio.sleep(3 * MIN_SECONDS)
         assert outbox._timer is None
-        outbox.put(stream, output("a", [5], 5))
+        outbox.put([(stream, output("a", [5], 5))])
         await two_turns()
         assert [item.token_ids for item in arrived(stream)] == [(5,)]
 
@@ -157,12 +157,12 @@ def test_the_more_work_a_delivery_is_the_rarer_they_are() -> None:
 
         task = asyncio.create_task(work())
         for n in range(1, 6):
-            outbox.put(stream, output("a", [n], n))
+            outbox.put([(stream, output("a", [n], n))])
             await asyncio.sleep(0.08)
         assert outbox._interval == MAX_SECONDS
         task.cancel()
         for n in range(6, 16):
-            outbox.put(stream, output("a", [n], n))
+            outbox.put([(stream, output("a", [n], n))])
             await asyncio.sleep(0.08)
         assert outbox._interval < MAX_SECONDS
 
@@ -187,9 +187,9 @@ def test_a_reader_that_is_cancelled_loses_nothing() -> None:
 def test_an_error_stays_apart_from_the_tokens_before_it() -> None:
     async def main() -> None:
         outbox, stream = Outbox(asyncio.get_running_loop()), Stream()
-        outbox.put(stream, output("a", [1], 1))
-        outbox.put(stream, output("a", [2], 2))
-        outbox.put(stream, Output(request_id="a", finish_reason="error", error="broken"))
+        outbox.put([(stream, output("a", [1], 1))])
+        outbox.put([(stream, output("a", [2], 2))])
+        outbox.put([(stream, Output(request_id="a", finish_reason="error", error="broken"))])
         first, second = await stream.get(), await stream.get()
         assert isinstance(first, Output)
         assert isinstance(second, Output)
@@ -205,5 +205,5 @@ def test_a_loop_that_is_gone_is_noticed() -> None:
         return Outbox(asyncio.get_running_loop()), Stream()
 
     outbox, stream = asyncio.run(make())
-    assert not outbox.put(stream, output("a", [1], 1))
-    assert not outbox.put(stream, output("a", [2], 2))
+    assert not outbox.put([(stream, output("a", [1], 1))])
+    assert not outbox.put([(stream, output("a", [2], 2))])
