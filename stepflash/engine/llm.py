@@ -305,17 +305,20 @@ class _Answer:
         return self.output.finish_reason is not None
 
     def push(self, output: Output) -> None:
-        """Take the news of one step, token by token so that nothing behind a stop string is kept."""
+        """Take the news of one step; token by token where nothing behind a stop string must be kept."""
         answer = self.output
         if output.stats is not None:
             answer.stats = output.stats
-        for i, token_id in enumerate(output.token_ids):
-            answer.token_ids.append(token_id)
+        token_ids = output.token_ids
+        size = 1 if self._stop else max(1, len(token_ids))
+        for i in range(0, len(token_ids), size):
+            answer.token_ids += token_ids[i : i + size]
             if answer.logprobs is not None:
-                answer.logprobs.append(output.logprobs[i])
-            is_last = i == len(output.token_ids) - 1 and output.finish_reason == "stop"
-            if not (is_last and token_id in self._stop_ids) and self._detokenizer is not None:
-                self._add_text(self._detokenizer.push((token_id,)))
+                answer.logprobs += output.logprobs[i : i + size]
+            if self._detokenizer is not None:
+                is_last = i + size >= len(token_ids) and output.finish_reason == "stop"
+                is_hidden = is_last and token_ids[-1] in self._stop_ids
+                self._add_text(self._detokenizer.push(token_ids[i : i + size - is_hidden]))
             if self.is_finished():
                 return
         if output.finish_reason is not None:
