@@ -126,9 +126,11 @@ struct NetworkArgs {
   int64_t num_tokens, hidden_size;
   float eps;
   const int64_t *input_ids, *positions;
+  const int64_t* drafted = nullptr;  // what the id -1 - i stands for is drafted[i], the choice of an earlier pass of the job
   View embedding;
   // A prediction module starts from eh_proj([enorm(embedding), hnorm(previous)]); previous absent: the trunk.
   View previous, enorm, hnorm;
+  const void* const* previous_from = nullptr;  // by token: what an earlier pass of the job leaves for `previous`, or nullptr
   Packed eh_proj;
   std::shared_ptr<const std::vector<LayerArgs>> layers;
   RopeTable ropes[4];
@@ -165,7 +167,7 @@ struct Kernels {
   void (*qk_norm_rope)(const RopeArgs&);
   void (*cache_write)(const CacheWriteArgs&);
   void (*attention)(const AttentionArgs&);
-  void (*network)(const NetworkArgs&);
+  void (*network)(const NetworkArgs* passes, int64_t count);  // one after the other, in one job
   bool (*quantize)(const QuantizeArgs&);  // false: a weight is NaN, infinite or too large for a float16 scale
   int64_t (*stream_read)(const uint8_t* data, int64_t num_bytes, int num_threads);
 };

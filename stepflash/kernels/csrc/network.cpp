@@ -1,5 +1,5 @@
-// A whole pass of the network as one job: for a small model or a single token, starting a job for every
-// operation would cost more than the operation.
+// A whole pass of the network as one job, or several passes of which each needs what the one before it found: for a small
+// model or a single token, starting a job for every operation would cost more than the operation.
 #include <algorithm>
 #include <limits>
 
@@ -164,11 +164,16 @@ static void start_token(const NetworkArgs& args, const NetworkPlan& plan, uint8_
   const auto put = [&](const View& out, int64_t column) {
     for (int64_t i = 0; i < hidden; i += 256) store_row(out, View(), t, column + i, std::min<int64_t>(256, hidden - i), row + i);
   };
-  load_row(args.embedding, args.input_ids[t], hidden, row);
+  const int64_t id = args.input_ids[t];
+  load_row(args.embedding, id < 0 ? args.drafted[-1 - id] : id, hidden, row);
   if (!args.previous.data) return put(x, 0);
   const View joined = rows_at(args, base + plan.joined, 2 * hidden);
   norm_row(row, hidden, args.enorm, args.eps);
   put(joined, 0);
+  if (args.previous_from && args.previous_from[t]) {
+    const int64_t size = args.previous.is_float ? 4 : 2;
+    std::memcpy((char*)args.previous.data + t * args.previous.stride * size, args.previous_from[t], hidden * size);
+  }
   load_row(args.previous, t, hidden, row);
   norm_row(row, hidden, args.hnorm, args.eps);
   put(joined, hidden);
@@ -218,10 +223,18 @@ static void run(Team& team, const NetworkArgs& args, const NetworkPlan& plan, ui
   });
 }
 
-void network(const NetworkArgs& args) {
-  const auto plan = std::make_shared<const NetworkPlan>(args);  // owned by the job, see pool.h
-  uint8_t* base = workspace(4, plan->layout.bytes);
-  parallel(args.num_threads, [=](Team& team) { run(team, args, *plan, base); });
+void network(const NetworkArgs* passes, int64_t count) {
+  using Planned = std::pair<NetworkArgs, NetworkPlan>;
+  const auto all = std::make_shared<std::vector<Planned>>();  // owned by the job, see pool.h
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    all->emplace_back(passes[i], NetworkPlan(passes[i]));
+    bytes = std::max(bytes, all->back().second.layout.bytes);
+  }
+  uint8_t* base = workspace(4, bytes);
+  parallel(passes->num_threads, [=](Team& team) {
+    for (const Planned& pass : *all) run(team, pass.first, pass.second, base);
+  });
 }
 
 }  // namespace SF_ISA

@@ -111,7 +111,9 @@ class Network : public torch::CustomClassHolder {
     Ints best(logit_rows.size());
     std::vector<float> best_logit(logit_rows.size());
     a.logits = view(logits, "logits"), a.best = best.data(), a.best_logit = best_logit.data();
-    run_checked(a, hidden);
+    a.hidden = view(hidden, "hidden");
+    check(a);
+    kernels().network(&a, 1);
     return {hidden, logits, best, std::vector<double>(best_logit.begin(), best_logit.end())};
   }
 
@@ -164,19 +166,25 @@ class Network : public torch::CustomClassHolder {
     TORCH_CHECK((int64_t)pending.size() == modules * jobs && (int64_t)starts.size() == modules * jobs && (int64_t)offsets.size() == jobs &&
                     (int64_t)first_slots.size() == jobs && (int64_t)num_known.size() == jobs && (int64_t)table_rows.size() == jobs,
                 "network: draft needs one entry per job, and per module and job");
-    Batch batch;
-    choose_tables(batch, table_rows, *std::max_element(num_known.begin(), num_known.end()) + modules);
+    std::vector<Batch> batches(modules);
+    choose_tables(batches[0], table_rows, *std::max_element(num_known.begin(), num_known.end()) + modules);
     const auto options = at::TensorOptions().dtype(type_);
-    Ints drafts(modules * jobs), last(jobs), bounds(jobs + 1, 0);
+    Ints drafts(modules * jobs), last(modules * jobs), bounds(jobs + 1, 0);
+    std::vector<std::vector<const void*>> sources(modules);  // of rows that the module before leaves, by token
+    std::vector<NetworkArgs> passes;
     std::vector<float> values(modules * jobs);
     Packs read, left, following;
     const Tensor logits = at::empty({jobs, vocab_size_}, options.dtype(at::kFloat)), later = at::empty({(modules - 1) * jobs, args_.hidden_size}, options);
     const int64_t row_bytes = args_.hidden_size * later.element_size();
+    std::vector<const char*> following_from;
     Network* module = this;
     for (int64_t m = 0; m < modules; ++m, module = module->next_.get()) {
       const Ints before = bounds;  // of the module before: its tokens, jobs end to end
       for (int64_t j = 0; j < jobs; ++j) bounds[j + 1] = bounds[j] + num_known[j] + m - starts[m * jobs + j];
+      Batch& batch = batches[m];
+      batch.width = batches[0].width, batch.tables[0] = batches[0].tables[0], batch.tables[1] = batches[0].tables[1];
       batch.start(jobs, bounds[jobs]);
+      sources[m].assign(bounds[jobs], nullptr);
       Tensor rows = at::empty({bounds[jobs], args_.hidden_size}, options), hidden = at::empty({bounds[jobs], args_.hidden_size}, options);
       for (int64_t j = 0; j < jobs; ++j) {
         // What is still unread of the module before, then what it has just left.
@@ -188,26 +196,32 @@ class Network : public torch::CustomClassHolder {
                     "network: module ", m + 1, " has ", num_unread + num_new, " rows for ", bounds[j + 1] - bounds[j], " tokens");
         char* to = (char*)rows.data_ptr() + bounds[j] * row_bytes;
         if (num_unread) std::memcpy(to, unread.data_ptr(), num_unread * row_bytes);
-        std::memcpy(to + num_unread * row_bytes, (const char*)source.data_ptr() + (m == 0 ? 0 : before[j] * row_bytes), num_new * row_bytes);
+        const char* from = (const char*)source.data_ptr() + (m == 0 ? 0 : before[j] * row_bytes);
+        if (m == 0) std::memcpy(to + num_unread * row_bytes, from, num_new * row_bytes);
+        for (int64_t i = 0; m > 0 && i < num_new; ++i) sources[m][bounds[j] + num_unread + i] = from + i * row_bytes;
         int64_t t = bounds[j];
         for (int64_t slot = starts[m * jobs + j]; slot < num_known[j] + m; ++slot, ++t) {
-          const int64_t id = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : drafts[(slot - num_known[j]) * jobs + j];
+          const int64_t id = slot < num_known[j] ? token_ids.at(offsets[j] + slot - first_slots[j]) : -1 - (slot - num_known[j]) * jobs - j;
           put_token(batch, j, t, id, slot, m + 1);
         }
-        last[j] = t - 1;
+        last[m * jobs + j] = t - 1;
         batch.end_sequence(j, t, num_known[j] + m);
         if (m == 0) continue;
-        const int64_t at = num_known[j] - starts[m * jobs + j], place = (m - 1) * jobs + j;
-        following.push_back(later.narrow(0, place, at >= 0));
-        if (at >= 0) std::memcpy((char*)later.data_ptr() + place * row_bytes, to + at * row_bytes, row_bytes);
+        const int64_t at = num_known[j] - starts[m * jobs + j];
+        following_from.push_back(at < 0 ? nullptr : to + at * row_bytes);
+        following.push_back(later.narrow(0, (m - 1) * jobs + j, at >= 0));
       }
       NetworkArgs a = module->pass(batch);
       a.previous = view(rows, "previous");
-      a.num_logit_rows = jobs, a.logit_rows = last.data();
+      a.hidden = view(hidden, "hidden"), a.drafted = drafts.data(), a.previous_from = sources[m].data();
+      a.num_logit_rows = jobs, a.logit_rows = last.data() + m * jobs;
       a.logits = view(logits, "logits"), a.best = drafts.data() + m * jobs, a.best_logit = values.data() + m * jobs;
-      module->run_checked(a, hidden);
-      read.push_back(rows), left.push_back(hidden);
+      module->check(a, m * jobs);
+      passes.push_back(a), read.push_back(rows), left.push_back(hidden);
     }
+    kernels().network(passes.data(), modules);
+    for (size_t i = 0; i < following_from.size(); ++i)
+      if (following_from[i]) std::memcpy((char*)later.data_ptr() + i * row_bytes, following_from[i], row_bytes);
     return {read, left, drafts, std::vector<double>(values.begin(), values.end()), following};
   }
 
@@ -273,14 +287,13 @@ class Network : public torch::CustomClassHolder {
     return a;
   }
 
-  void run_checked(NetworkArgs& a, Tensor& hidden) {
+  // Ids below 0 stand for the choices of passes before this one.
+  void check(const NetworkArgs& a, int64_t num_drafted = 0) const {
     TORCH_CHECK(a.cu_seqlens[0] == 0 && a.cu_seqlens[a.num_seqs] == a.num_tokens, "network: the boundaries must run from 0 to num_tokens");
-    for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.input_ids[t] >= 0 && a.input_ids[t] < vocab_size_, "network: token id ", a.input_ids[t], " of ", vocab_size_);
+    for (int64_t t = 0; t < a.num_tokens; ++t) TORCH_CHECK(a.input_ids[t] >= -num_drafted && a.input_ids[t] < vocab_size_, "network: token id ", a.input_ids[t], " of ", vocab_size_);
     for (int64_t i = 0; i < a.num_logit_rows; ++i) TORCH_CHECK(a.logit_rows[i] >= 0 && a.logit_rows[i] < a.num_tokens, "network: logit row ", a.logit_rows[i]);
     TORCH_CHECK((a.previous.data != nullptr) == (a.enorm.data != nullptr), "network: a prediction module needs the states of the one before, the trunk has none");
-    check(a);
-    a.hidden = view(hidden, "hidden");
-    kernels().network(a);
+    check_places(a);
   }
 
   const Tensor& keep(const Tensor& t) {
@@ -294,7 +307,7 @@ class Network : public torch::CustomClassHolder {
   }
 
   // Each layer's own slots and blocks exist; layers of a group share both.
-  void check(const NetworkArgs& a) const {
+  void check_places(const NetworkArgs& a) const {
     const LayerArgs* seen[2] = {nullptr, nullptr};
     for (const LayerArgs& layer : *a.layers) {
       const int group = layer.group;

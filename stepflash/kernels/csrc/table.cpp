@@ -13,7 +13,7 @@ void rms_norm(const NormArgs&);
 void qk_norm_rope(const RopeArgs&);
 void cache_write(const CacheWriteArgs&);
 void attention(const AttentionArgs&);
-void network(const NetworkArgs&);
+void network(const NetworkArgs* passes, int64_t count);
 bool quantize(const QuantizeArgs&);
 int64_t stream_read(const uint8_t*, int64_t, int);
 extern const Kernels KERNELS;
