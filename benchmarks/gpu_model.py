@@ -4,9 +4,9 @@
 
 The network has the shapes of Step-3.5-Flash and random codes and scales, so its text means nothing and no draft is
 right, but every byte is read and every product made. int4 takes 112 GB and a card with 139 GiB; --layers leaves
-layers out for smaller ones. Runs the engine as it is. Reports a decode step's median over --steps, bytes that it must
-read (weights of the experts that are met, keys and values), and their fraction of the bandwidth that a sum over 4 GiB
-reads.
+layers out for smaller ones. Runs the engine as it is. Reports a decode step's median over --steps and, for a single
+stream, the bytes that it must read (weights, keys and values) and their fraction of the bandwidth that a sum over
+4 GiB reads. With more streams that depends on the experts they meet, and random weights route tokens alike.
 """
 
 from __future__ import annotations
@@ -119,15 +119,10 @@ def run(
     }  # fmt: skip
 
 
-def step_bytes(config: ModelConfig, bits: float, streams: int, context: int) -> float:
-    """What a plain decode step must read: dense weights once, the experts that random routing meets, the cache."""
-    top_k, experts = config.num_experts_per_tok, config.num_experts
-    met = experts * (1 - (1 - top_k / experts) ** streams)
-    one = 3 * config.hidden_size * config.moe_intermediate_size
-    sparse = sum(layer.is_moe for layer in config.trunk_layers)
-    active = cost.num_active_parameters(config) + sparse * (met - top_k) * one
-    cached = streams * (cost.kv_bytes_per_token(config, 2) * context + cost.kv_bytes_per_sequence(config, 2))
-    return active * bits / 8 + cached
+def step_bytes(config: ModelConfig, bits: float, context: int) -> float:
+    """What a plain decode step of one sequence must read."""
+    cached = cost.kv_bytes_per_token(config, 2) * context + cost.kv_bytes_per_sequence(config, 2)
+    return cost.num_active_parameters(config) * bits / 8 + cached
 
 
 def main() -> int:
@@ -179,13 +174,14 @@ def main() -> int:
             for depth in depths if count == 1 else [0]:
                 run(core, config, count, 64, 6, depth)  # compiles and captures
                 row = run(core, config, count, context, options.steps, depth)
-                row["gb_read"] = step_bytes(config, bits, count, context) / 1e9 if not depth else None
-                row["of_read"] = row["gb_read"] * 1e12 / row["step_ms"] / bandwidth if not depth else None
+                is_plain = count == 1 and not depth
+                row["gb_read"] = step_bytes(config, bits, context) / 1e9 if is_plain else None
+                row["of_read"] = row["gb_read"] * 1e12 / row["step_ms"] / bandwidth if is_plain else None
                 rows.append(row)
                 print(
                     f"{count:8}{context:9}{depth:8}{row['step_ms']:9.2f}{row['tokens_per_s']:9.1f}"
                     f"{row['tokens_per_step']:9.2f}"
-                    + (f"{row['gb_read']:9.2f}{row['of_read']:9.2f}" if not depth else f"{'':18}")
+                    + (f"{row['gb_read']:9.2f}{row['of_read']:9.2f}" if is_plain else f"{'':18}")
                     + f"{row['prefill_tokens_per_s']:15.0f}",
                     flush=True,
                 )

@@ -78,12 +78,15 @@ def block_t_of(num_rows: int) -> int:
 def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) -> dict[str, int]:
     """Rows and tokens of a program's tile for [n, k] weights (or a pair of them), and how far it reads ahead."""
     rows = 128 if block_t >= 64 and not is_pair and -(-n // cuda_layout.ROWS) % 2 == 0 else 64
-    few = block_t <= 32 and fmt != Format.BF16
-    # Shared memory holds the stages: a step of 256 columns of 128 tokens is 64 KiB.
-    stages = 5 if fmt == Format.BF16 and few else 2 if block_t > 64 and _step(fmt) == 256 else 3
+    few = block_t <= 32
+    # Shared memory holds the stages: a step of 256 columns of 128 tokens is 64 KiB. On an H200, of 2 to 6 stages.
+    if few:
+        stages = 5 if fmt == Format.BF16 else 4 if fmt.is_int4 else 3
+    else:
+        stages = 2 if block_t > 64 and _step(fmt) == 256 else 3
     return {
         "ROWS": rows, "BLOCK_T": block_t, "num_warps": rows // 16, "STAGES": stages,
-        "UNROLL": max(1, gcd(k // _step(fmt), max(1, UNROLLED // _step(fmt)))) if few else 1,
+        "UNROLL": max(1, gcd(k // _step(fmt), max(1, UNROLLED // _step(fmt)))) if few and fmt != Format.BF16 else 1,
     }  # fmt: skip
 
 
