@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from stepflash.assistant.session import Session
 from stepflash.chat.template import ChatTemplate
 from stepflash.chat.tokenizer import Tokenizer
@@ -69,6 +71,9 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
         chat_template=template,
         **{name: value for name, value in options.items() if value is not None},
     )
+    if settings.device != "cpu":
+        with Console(stderr=True).status("compiling kernels"):
+            llm.warm_up()
     with Engine(llm.core) as engine:
         session = Session(engine, tokenizer, template, max_context_tokens=llm.core.max_model_len)
         yield LocalModel(session=session, name=model_name(model, path), sampling=sampling)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Prompts given to the core at once: enough to fill any batch, few enough to stay cheap to order.
 FEED_AHEAD = 256
+# Prompts that make kernels work on few tokens, on some and on many.
+WARM_UP_LENGTHS, WARM_UP_TOKENS = (4, 24, 100, 700), 8
 KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
 
@@ -138,6 +140,22 @@ class LLM:
         """
         token_lists = [self._encode(prompt) for prompt in _as_list(prompts)]
         return self._run([(ids, ()) for ids in token_lists], sampling_params, progress)
+
+    def warm_up(self) -> None:
+        """Run prompts of a few lengths and some drafts, so that no request waits for kernels to be compiled.
+
+        That takes half a minute on a GPU, and as good as nothing elsewhere.
+        """
+        room = self.core.max_model_len - WARM_UP_TOKENS
+        vocab = self.core.sampler.vocab_limit
+        for length in WARM_UP_LENGTHS:
+            # Begins with another token each time: nothing is read from the prefix cache.
+            prompt = [(length + i) % vocab for i in range(min(length, room))]
+            for depth in (0, 3) if prompt else ():
+                sampling = SamplingParams(
+                    max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True, draft_depth=depth
+                )
+                self.generate(prompt, sampling, progress=False)
 
     def chat(
         self,

@@ -341,3 +341,14 @@ def test_a_second_ctrl_c_anywhere_leaves_an_llm_that_works(llm: LLM) -> None:
         assert own.stats().kv_used_bytes == own.stats().kv_cached_bytes
         assert own.core.cache.num_free_rows == 3
         assert [one.token_ids for one in own.generate(prompts, sampling)] == expected
+
+
+def test_warming_up_leaves_nothing_behind() -> None:
+    for length in (None, 40):
+        llm = LLM(MICRO, max_model_len=length, max_num_seqs=2)
+        llm.warm_up()
+        assert not llm.core.has_work
+        llm.core.check_integrity()
+        assert llm.stats().num_finished == 8
+    with pytest.raises(PromptTooLong):
+        llm.generate([5] * 41)
