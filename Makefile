@@ -1,9 +1,10 @@
 # Each target sets up what it needs: a virtual environment, the package, the native kernels.
-# On a machine with a GPU choose your own PyTorch: make serve TORCH=torch
+# On a machine with a GPU choose your own PyTorch: make serve TORCH=torch DEVICE=cuda
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL ?= nano
+DEVICE ?= cpu
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 BIN = $(VENV)/bin
 
@@ -24,10 +25,10 @@ $(VENV)/.development: $(VENV)/.runtime
 	@touch $@
 
 serve: $(VENV)/.runtime  ## serve MODEL (default: nano) at http://127.0.0.1:8000
-	$(BIN)/stepflash serve $(MODEL)
+	$(BIN)/stepflash serve $(MODEL) --device $(DEVICE)
 
 chat: $(VENV)/.runtime  ## chat with MODEL in the terminal
-	$(BIN)/stepflash chat $(MODEL)
+	$(BIN)/stepflash chat $(MODEL) --device $(DEVICE)
 
 test: $(VENV)/.development  ## the tests, on every core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m 'not slow'
