@@ -407,10 +407,10 @@ class EngineCore:
             ahead=result.ahead,
         )
 
-    def _snapshots(self, seq: Sequence, before: int) -> frozenset[int]:
-        """Block boundaries in the slots just computed where a snapshot is worth its windows."""
+    def _snapshots(self, seq: Sequence, before: int) -> frozenset[int] | None:
+        """Block boundaries in the slots just computed where a snapshot is worth its windows; None without a cache."""
         if self.prefix is None:
-            return frozenset()
+            return None
         size, interval = self.config.block_size, self.config.snapshot_interval
         wanted = list(range((before // interval + 1) * interval, seq.num_computed + 1, interval))
         if before < seq.num_prompt_tokens - 1:
@@ -432,7 +432,7 @@ class EngineCore:
         boundary = seq.num_computed - seq.num_computed % cache.block_size
         if boundary in job.carries:
             seq.boundary = boundary, job.carries[boundary]
-        for boundary in sorted(job.snapshots & job.carries.keys()):
+        for boundary in sorted(job.carries.keys() & (job.snapshots or ())):
             self._snapshot(seq, boundary, job.carries[boundary])
         cache.trim(seq.blocks, min([seq.num_computed, *seq.mtp.num_computed]))
 

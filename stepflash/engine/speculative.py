@@ -120,14 +120,15 @@ class DraftJob:
     `hidden_states`: the trunk's, of the slots from where the sequence stood before this step to
     `seq.num_computed` - 1. `depth` drafts are wanted. `must_advance` forbids leaving modules behind.
     `snapshots` are block boundaries where a snapshot is wanted; `carries` has what they and the last boundary
-    need, where it could be had. `ahead` is what the trunk's call drafted already (see `depth_ahead`).
+    need, where it could be had. No carries are made where `snapshots` is None: nobody keeps states. `ahead` is what
+    the trunk's call drafted already (see `depth_ahead`).
     """
 
     seq: Sequence
     hidden_states: Tensor
     depth: int
     must_advance: bool = False
-    snapshots: frozenset[int] = frozenset()
+    snapshots: frozenset[int] | None = frozenset()
     ahead: Drafts | None = None
     drafts: list[int] = field(default_factory=list)
     carries: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -318,6 +319,8 @@ def _take_drafts(jobs: Seq[DraftJob], done: Drafts, block_size: int) -> None:
             job.mtp.pending[depth] = _exact_rows(rows, known, starts[depth], starts[depth])
         elif not job.snapshots and seq.num_computed // block_size * block_size < min(starts):
             continue  # no boundary among the slots that were read
+        if job.snapshots is None:
+            continue  # and nobody would ask for the states there
         feeds = [
             (start, _rows(jobs, j, k, done.rows, done) if k < depth else None)
             for k, start in enumerate(starts)
@@ -429,6 +432,8 @@ def _keep_carries(job: DraftJob, feeds: _Feeds, block_size: int) -> None:
 
     Modules may pass the last boundary in different steps, so each one's state there is kept.
     """
+    if job.snapshots is None:
+        return
     last = job.seq.num_computed // block_size * block_size
     for boundary in job.snapshots | {last}:
         carries = []
