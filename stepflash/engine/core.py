@@ -331,7 +331,9 @@ class EngineCore:
     def _choose_depth(self, plan: Seq[Scheduled]) -> int:
         """The depth of all adaptive sequences of this step; they run in the same batch."""
         adaptive = [
-            item.seq.acceptance for item in plan if item.seq.sampling.draft_depth is None and item.is_sampled
+            item.seq.acceptance
+            for item in plan
+            if item.seq.sampling.draft_depth is None and item.is_sampled and item.seq.num_modules
         ]
         return self.depth.choose(adaptive)
 
@@ -398,6 +400,8 @@ class EngineCore:
                 seq.drafts, seq.drafts_are_forced = list(forced[: min(room, MAX_FORCED_TOKENS)]), True
             else:
                 wanted = min(wanted_depth(seq, depth), room)
+            if not wanted and self._gives_up(seq):
+                seq.num_modules, seq.mtp = 0, MtpState()
         return DraftJob(
             seq,
             result.hidden_states,
@@ -405,6 +409,17 @@ class EngineCore:
             must_advance=is_last or bool(snapshots) or not result.token_ids,
             snapshots=snapshots,
             ahead=result.ahead,
+        )
+
+    def _gives_up(self, seq: Sequence) -> bool:
+        """Whether the modules need not read along any more, where they would have to now: drafts are not worth it,
+        and there is no cache for whose sake. The next request tries again."""
+        return (
+            self.prefix is None
+            and seq.num_modules > 0
+            and seq.sampling.draft_depth is None
+            and len(seq.token_ids) - seq.mtp.num_computed[0] >= self.config.max_deferred_tokens
+            and self.depth.is_hopeless(seq.acceptance)
         )
 
     def _snapshots(self, seq: Sequence, before: int) -> frozenset[int] | None:

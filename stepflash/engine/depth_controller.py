@@ -52,18 +52,21 @@ class DepthController:
     HOLD = 8
     # Another depth must promise so much more before it is taken.
     MARGIN = 1.02
+    # Less than this share of the speed without drafts at every depth: not worth that modules read along.
+    HOPELESS = 0.75
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth
         # Prior for new sequences; follows what is measured slowly.
         self.acceptance = [0.6] * max_depth
         self._costs: dict[int, _Costs] = {}
+        self._last: _Costs | None = None
 
     def choose(self, acceptances: Seq[Seq[float]]) -> int:
         """Depth for a step of sequences with these chances (see `Sequence.acceptance`)."""
         if not acceptances or not self.max_depth:
             return 0
-        costs = self._bucket(len(acceptances))
+        costs = self._last = self._bucket(len(acceptances))
         if costs.held > 0:
             costs.held -= 1
             return costs.current
@@ -93,6 +96,14 @@ class DepthController:
             costs.interval = costs.countdown = self.PROBE_INTERVAL
         costs.held = self.HOLD - 1
         return costs.current
+
+    def is_hopeless(self, acceptance: Seq[float]) -> bool:
+        """Whether drafts for a sequence with these chances cost far more than they bring, as steps went of late."""
+        relative = self._last.relative if self._last else [math.nan]
+        return not any(map(math.isnan, relative)) and all(
+            expected_tokens(acceptance, depth) * relative[0] < self.HOPELESS * relative[depth]
+            for depth in range(1, self.max_depth + 1)
+        )
 
     def observe(self, num_seqs: int, depth: int, seconds: float) -> None:
         """A step in which each of `num_seqs` sequences verified `depth` drafts and proposed as many."""

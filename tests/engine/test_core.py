@@ -299,6 +299,35 @@ def test_logits_that_are_not_numbers_end_their_request_alone(
     assert "not finite" in (done["bad"].last.error or "")
 
 
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_modules_do_not_read_along_for_hopeless_drafts(
+    new_core: NewCore, monkeypatch: pytest.MonkeyPatch, prefix_caching: bool
+) -> None:
+    """Unless others may want their states; who asks for drafts has them, and all answers stay as they are."""
+    prompts = {"adaptive": [5, 6, 7] * 7, "fixed": [9, 8, 7, 6] * 4}
+    plain = drive(
+        new_core(), *(request(name, ids, max_tokens=90, draft_depth=0) for name, ids in prompts.items())
+    )
+    core = new_core(prefix_caching=prefix_caching, max_deferred_tokens=16)
+    monkeypatch.setattr(core.depth, "choose", lambda _: 0)
+    monkeypatch.setattr(core.depth, "is_hopeless", lambda _: True)
+    core.add(request("adaptive", prompts["adaptive"], max_tokens=90))
+    core.add(request("fixed", prompts["fixed"], max_tokens=90, draft_depth=2))
+    sequences = dict(core._sequences)
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+    num_steps = 0
+    while core.has_work:
+        num_steps += 1
+        if num_steps == 40:
+            core.scheduler.preempt(sequences["adaptive"])
+        for output in core.step():
+            tokens[output.request_id] += output.token_ids
+        core.check_integrity()
+    assert tokens == {name: finished.token_ids for name, finished in plain.items()}
+    assert sequences["adaptive"].num_modules == (3 if prefix_caching else 0)
+    assert sequences["fixed"].num_modules == (3 if prefix_caching else 2)
+
+
 def test_logprobs_are_those_of_the_model(new_core: NewCore) -> None:
     core = new_core()
     asked = request("a", [9] * 20, max_tokens=12, logprobs=3, temperature=0.7, seed=1, logit_bias=FEW_TOKENS)

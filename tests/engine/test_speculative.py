@@ -93,6 +93,19 @@ def test_a_change_of_cost_is_noticed() -> None:
     assert controller.choose([[0.8, 0.8, 0.8]]) == 0
 
 
+def test_hopeless_is_what_costs_far_more_than_it_brings() -> None:
+    """Not before every depth was timed, and not where chances are good or drafts are cheap."""
+    controller = DepthController(2)
+    assert not controller.is_hopeless([0.0, 0.0])
+    for seconds in ([1.0, 1.6, 2.0], [1.0, 1.2, 1.4]):
+        controller = DepthController(2)
+        for _ in range(50):
+            depth = controller.choose([[0.0, 0.0]])
+            controller.observe(1, depth, seconds[depth])
+        assert controller.is_hopeless([0.0, 0.0]) == (seconds[1] == 1.6)
+        assert not controller.is_hopeless([0.9, 0.9])
+
+
 def test_a_clock_that_stands_still_is_no_error() -> None:
     assert set(simulate([0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], 300)) <= {0, 1, 2, 3}
 
