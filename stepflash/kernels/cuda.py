@@ -2,7 +2,7 @@
 
 `register` puts them behind the names in torch.ops.stepflash; `ops.py` does so when an op first sees a CUDA tensor
 and Triton is there (it comes with CUDA builds of torch). Nothing here waits for the device. Signatures are those of
-`reference.py`. GGUF's q4_k and q6_k weights still take the reference, which unpacks them at every call.
+`reference.py`. Norms are in `cuda_norm.py`, the feed-forward block in `cuda_moe.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from stepflash.kernels import (
-    cuda_layout,
     cuda_matmul,
-    cuda_moe,
+    cuda_norm,
     kv_layout,
     reference,
     triton_attention,
@@ -23,7 +22,8 @@ from stepflash.kernels import (
     triton_norm,
     triton_sampling,
 )
-from stepflash.kernels.cuda_moe import power_of_two
+from stepflash.kernels.cuda_moe import moe, route
+from stepflash.kernels.cuda_norm import add_rms_norm, power_of_two, qk_norm_rope, rms_norm
 from stepflash.kernels.formats import Format
 from stepflash.kernels.triton_start import OVERLAP
 
@@ -52,58 +52,7 @@ def _ceil(x: int, size: int) -> int:
     return -(-x // size)
 
 
-# ---- norms and rotation ------------------------------------------------------------------------------------
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _norm(x, None, weight, eps)[0]
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _norm(x, residual, weight, eps)
-
-
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    size = x.shape[-1]
-    out, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
-    if x.numel():
-        added = x if residual is None else residual.contiguous()
-        triton_norm.rms_norm[(x.numel() // size,)](
-            x, added, weight, out, total, size, eps, power_of_two(size), residual is not None,
-            num_warps=8 if size > 2048 else 4, **OVERLAP,
-        )  # fmt: skip
-    return out, total
-
-
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _norm_rope(q, q_weight, eps, cos, sin), _norm_rope(k, k_weight, eps, cos, sin)
-
-
-def _norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    x = _heads_together(x)
-    num_tokens, num_heads, head_dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if num_tokens:
-        triton_norm.norm_rope[(num_tokens, num_heads)](
-            x, weight, out, cos.contiguous(), sin.contiguous(), x.stride(0), eps, num_heads, head_dim,
-            cos.shape[1], power_of_two(head_dim), **OVERLAP,
-        )  # fmt: skip
-    return out
-
-
-def _heads_together(x: Tensor) -> Tensor:
-    """x [num_tokens, num_heads, head_dim] with a token's heads side by side; views into projections are."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
 # ---- packed weights ----------------------------------------------------------------------------------------
-
-
-def _is_supported(formats: Sequence[int]) -> bool:
-    return all(cuda_layout.is_supported(Format(fmt)) for fmt in formats)
 
 
 def _side_by_side(
@@ -132,7 +81,7 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Activations enter as bf16 for every format."""
-    if not _is_supported(formats):
+    if not cuda_matmul.has_kernels(formats):
         return reference.linear(x, weights, formats, sizes, norm_weight, eps, gate, residual, dtype)
     if not x.shape[0]:
         return torch.empty((0, sum(sizes)), dtype=dtype or x.dtype, device=x.device)
@@ -154,46 +103,6 @@ def _gated(x: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
-def route(
-    x: Tensor, router_weight: Tensor, router_bias: Tensor | None, top_k: int, scaling_factor: float
-) -> tuple[Tensor, Tensor]:
-    return cuda_moe.route(x, router_weight, router_bias, top_k, scaling_factor)
-
-
-def moe(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    top_k: int,
-    scaling_factor: float,
-    experts: Sequence[Tensor],
-    expert_formats: Sequence[int],
-    num_experts: int,
-    expert_size: int,
-    limit: float | None,
-    shared: Sequence[Tensor],
-    shared_formats: Sequence[int],
-    shared_size: int,
-    shared_limit: float | None,
-    topk_ids: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Activations enter as bf16 for every format."""
-    rest = (
-        router_weight, router_bias, top_k, scaling_factor, experts, expert_formats, num_experts, expert_size, limit,
-        shared, shared_formats, shared_size, shared_limit, topk_ids, topk_weights, residual,
-    )  # fmt: skip
-    if not _is_supported([*expert_formats, *shared_formats]):
-        return reference.moe(x, norm_weight, eps, *rest)
-    if not x.shape[0]:
-        return torch.empty_like(x)
-    normed = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
-    return cuda_moe.moe(x, normed, *rest)
-
-
 def qkv_gate(
     x: Tensor,
     norm_weight: Tensor,
@@ -208,7 +117,7 @@ def qkv_gate(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _is_supported(formats):
+    if not cuda_matmul.has_kernels(formats):
         return reference.qkv_gate(
             x, norm_weight, weights, formats, num_heads, num_kv_heads, head_dim, q_weight, k_weight, eps, cos, sin
         )  # fmt: skip
@@ -248,7 +157,7 @@ def cache_write(
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
         return
-    k, v = _heads_together(k), _heads_together(v)
+    k, v = cuda_norm.heads_together(k), cuda_norm.heads_together(v)
     triton_attention.write_slots[(num_tokens, 2 * num_kv_heads)](
         k, v, k_cache, v_cache, k_cache if k_scale is None else k_scale, v_cache if v_scale is None else v_scale,
         slot_mapping.contiguous(), k.stride(0), v.stride(0), num_kv_heads, head_dim, power_of_two(head_dim),

@@ -25,6 +25,20 @@ UNROLLED = 128  # columns of an iteration, where a step has fewer
 MAX_SPLITS = 8
 
 
+def has_kernels(formats: Sequence[int]) -> bool:
+    """Whether products with weights of these formats are made here; the references take Q4_K and Q6_K alone.
+
+    Raises:
+        NotImplementedError: some are, some not. The references would misread what lies in tiles.
+    """
+    supported = {cuda_layout.is_supported(Format(fmt)) for fmt in formats}
+    if len(supported) > 1:
+        raise NotImplementedError(
+            "q4_k and q6_k weights beside others have no kernels on a GPU: load them as int8"
+        )
+    return True in supported
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Weights of a format and shape as the kernels take them: views of the codes and scales, and their sizes."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepflash.kernels import cuda_matmul, triton_matmul, triton_router
+from stepflash.kernels import cuda_matmul, reference, triton_matmul, triton_router
+from stepflash.kernels.cuda_norm import power_of_two, rms_norm
 from stepflash.kernels.formats import Format
 from stepflash.kernels.triton_start import OVERLAP
 
@@ -27,10 +28,6 @@ class Groups:
     rows: Tensor  # [num_blocks * block_t] int32
     experts: Tensor  # [num_blocks] int32
     block_t: int
-
-
-def power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
 
 
 def route(
@@ -197,7 +194,8 @@ def dense(
 
 def moe(
     x: Tensor,
-    normed: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
     router_weight: Tensor | None,
     router_bias: Tensor | None,
     top_k: int,
@@ -211,11 +209,19 @@ def moe(
     shared_formats: Sequence[int],
     shared_size: int,
     shared_limit: float | None,
-    topk_ids: Tensor | None,
-    topk_weights: Tensor | None,
-    residual: Tensor | None,
+    topk_ids: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`ops.moe` of a normed x [num_tokens, hidden_size], at least one token; the result has the dtype of x."""
+    if not cuda_matmul.has_kernels([*expert_formats, *shared_formats]):
+        return reference.moe(
+            x, norm_weight, eps, router_weight, router_bias, top_k, scaling_factor, experts, expert_formats,
+            num_experts, expert_size, limit, shared, shared_formats, shared_size, shared_limit, topk_ids,
+            topk_weights, residual,
+        )  # fmt: skip
+    if not x.shape[0]:
+        return torch.empty_like(x)
+    normed = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
     num_tokens, hidden_size = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = parts = out  # stand-ins where there are none
