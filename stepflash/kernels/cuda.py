@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from stepflash.kernels import (
     cuda_matmul,
@@ -23,7 +24,7 @@ from stepflash.kernels import (
     triton_sampling,
 )
 from stepflash.kernels.cuda_moe import moe, route
-from stepflash.kernels.cuda_norm import add_rms_norm, power_of_two, qk_norm_rope, rms_norm
+from stepflash.kernels.cuda_norm import add_rms_norm, qk_norm_rope, rms_norm
 from stepflash.kernels.formats import Format
 from stepflash.kernels.triton_start import OVERLAP
 
@@ -46,10 +47,6 @@ def register() -> None:
         cached_attention, best_tokens,
     ):  # fmt: skip
         _library.impl(kernel.__name__, kernel, "CUDA")  # type: ignore[no-untyped-call]
-
-
-def _ceil(x: int, size: int) -> int:
-    return -(-x // size)
 
 
 # ---- packed weights ----------------------------------------------------------------------------------------
@@ -96,8 +93,8 @@ def linear(
 
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
     num_tokens, size = x.shape
-    out, block = torch.empty_like(x), min(2048, power_of_two(size))
-    triton_matmul.gated[(num_tokens, _ceil(size, block))](
+    out, block = torch.empty_like(x), min(2048, next_power_of_2(size))
+    triton_matmul.gated[(num_tokens, cdiv(size, block))](
         x, gate, out, size, gate.shape[1], size // gate.shape[1], block, **OVERLAP
     )
     return out
@@ -133,11 +130,11 @@ def qkv_gate(
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
     parts = _side_by_side(normed, weights[:3], formats[:3], sizes[:3])
     gate_parts = _side_by_side(normed, weights[3:], formats[3:], sizes[3:])
-    triton_norm.finish_heads[(num_tokens, _ceil(num_heads + 2 * num_kv_heads, HEAD_BLOCK) + 1)](
+    triton_norm.finish_heads[(num_tokens, cdiv(num_heads + 2 * num_kv_heads, HEAD_BLOCK) + 1)](
         parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate, num_tokens, eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
-        BLOCK_D=power_of_two(head_dim), BLOCK_H=HEAD_BLOCK, BLOCK_G=power_of_two(num_heads), PARTS=parts.shape[0],
-        GATE_PARTS=gate_parts.shape[0], **OVERLAP,
+        BLOCK_D=next_power_of_2(head_dim), BLOCK_H=HEAD_BLOCK, BLOCK_G=next_power_of_2(num_heads),
+        PARTS=parts.shape[0], GATE_PARTS=gate_parts.shape[0], **OVERLAP,
     )  # fmt: skip
     return q, k, v, gate
 
@@ -160,7 +157,7 @@ def cache_write(
     k, v = cuda_norm.heads_together(k), cuda_norm.heads_together(v)
     triton_attention.write_slots[(num_tokens, 2 * num_kv_heads)](
         k, v, k_cache, v_cache, k_cache if k_scale is None else k_scale, v_cache if v_scale is None else v_scale,
-        slot_mapping.contiguous(), k.stride(0), v.stride(0), num_kv_heads, head_dim, power_of_two(head_dim),
+        slot_mapping.contiguous(), k.stride(0), v.stride(0), num_kv_heads, head_dim, next_power_of_2(head_dim),
         k_scale is not None, num_warps=1, **OVERLAP,
     )  # fmt: skip
 
@@ -185,14 +182,14 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not num_tokens:
         return out
-    group_rows = power_of_two(num_heads // num_kv_heads)
+    group_rows = next_power_of_2(num_heads // num_kv_heads)
     block_q = max(1, ATTENTION_ROWS // group_rows)
-    num_splits = _ceil(block_table.shape[1] * block_size, CHUNK)
+    num_splits = cdiv(block_table.shape[1] * block_size, CHUNK)
     if window:
-        num_splits = min(num_splits, _ceil(window + block_q, CHUNK) + 1)
+        num_splits = min(num_splits, cdiv(window + block_q, CHUNK) + 1)
     split = num_splits > 1 and num_tokens <= block_q * num_seqs
     splits = num_splits if split else 1
-    block_d = max(16, power_of_two(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     parts = (num_tokens, num_heads, splits) if split else (0,)
     peaks, totals = (torch.empty(parts, dtype=torch.float32, device=q.device) for _ in range(2))
     sums = torch.empty((*parts, block_d), dtype=torch.float32, device=q.device)
@@ -204,7 +201,7 @@ def paged_attention(
         "BLOCK_Q": block_q, "BLOCK_D": block_d, "CHUNK": CHUNK, "HAS_GATE": gate is not None,
         "enable_fp_fusion": False,  # or two kernels could round the same merge differently
     }  # fmt: skip
-    triton_attention.attend[(_ceil(num_tokens, block_q) + num_seqs, num_kv_heads, splits)](
+    triton_attention.attend[(cdiv(num_tokens, block_q) + num_seqs, num_kv_heads, splits)](
         q.contiguous(), k_cache, v_cache, k_cache if k_scale is None else k_scale,
         v_cache if v_scale is None else v_scale, gates, block_table, seq_lens, cu_seqlens, out, peaks, totals, sums,
         num_seqs, block_table.stride(0), window, first_key, scale, splits, BLOCK_SIZE=block_size,
@@ -243,7 +240,7 @@ def cached_attention(
 
 def best_tokens(logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     num_rows, block = logits.shape[0], 2048
-    chunks = _ceil(limit, block)
+    chunks = cdiv(limit, block)
     ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     values = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
@@ -253,6 +250,6 @@ def best_tokens(logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
             logits, chunk_values, chunk_ids, logits.stride(0), limit, chunks, block, **OVERLAP
         )
         triton_sampling.best_of_row[(num_rows,)](
-            chunk_values, chunk_ids, values, ids, chunks, power_of_two(chunks), **OVERLAP
+            chunk_values, chunk_ids, values, ids, chunks, next_power_of_2(chunks), **OVERLAP
         )
     return ids, values

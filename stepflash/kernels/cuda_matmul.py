@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from stepflash.kernels import cuda_layout, triton_matmul
 from stepflash.kernels.formats import Format
@@ -57,12 +58,11 @@ def view(packed: Tensor, fmt: Format, n: int, k: int) -> Packed:
     columns, constants = _constants(fmt, k)
     if fmt == Format.BF16:
         codes = packed.view(torch.bfloat16)
-        return Packed(codes, codes, n * columns, 0, -(-columns // 64), columns, constants)
+        return Packed(codes, codes, n * columns, 0, cdiv(columns, _step(fmt)), columns, constants)
     end, size = cuda_layout.num_code_bytes(fmt, n, k), packed.shape[-1]
     scales = packed.view(-1)[end:].view(torch.float32 if fmt == Format.FP8 else torch.int32)
-    step = 128 if fmt == Format.FP8 else 2 * fmt.group
     stride = columns * cuda_layout.ROWS // (2 if fmt.is_int4 else 1)
-    return Packed(packed, scales, size, size // 4, columns // step, stride, constants)
+    return Packed(packed, scales, size, size // 4, columns // _step(fmt), stride, constants)
 
 
 @cache
@@ -80,7 +80,7 @@ def _step(fmt: Format) -> int:
 
 def num_splits(n: int, k: int) -> int:
     """Programs that share a row's columns."""
-    row_tiles = -(-n // cuda_layout.ROWS)
+    row_tiles: int = cdiv(n, cuda_layout.ROWS)
     return max(1, min(round(WANTED_PROGRAMS / row_tiles), k // MIN_SPLIT_COLUMNS, MAX_SPLITS))
 
 
@@ -91,7 +91,7 @@ def block_t_of(num_rows: int) -> int:
 
 def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) -> dict[str, int]:
     """Rows and tokens of a program's tile for [n, k] weights (or a pair of them), and how far it reads ahead."""
-    rows = 128 if block_t >= 64 and not is_pair and -(-n // cuda_layout.ROWS) % 2 == 0 else 64
+    rows = 128 if block_t >= 64 and not is_pair and cdiv(n, cuda_layout.ROWS) % 2 == 0 else 64
     few = block_t <= 32
     # Shared memory holds the stages: a step of 256 columns of 128 tokens is 64 KiB. On an H200, of 2 to 6 stages.
     if few:
@@ -117,12 +117,12 @@ def matmul(x: Tensor, weights: Sequence[tuple[Tensor, Format, int]], splits: int
     views += [first] * (3 - len(views))
     block_t = block_t_of(x.shape[0])
     tile = tile_of(fmt, min(n for n in sizes if n), k, block_t)
-    row_tiles = sum(-(-n // tile["ROWS"]) for n in sizes)
+    row_tiles = sum(cdiv(n, tile["ROWS"]) for n in sizes)
     is_split = splits > 1 and block_t <= 32
     out = torch.empty(
         (splits if is_split else 1, x.shape[0], sum(sizes)), dtype=torch.float32, device=x.device
     )
-    triton_matmul.matmul[(-(-x.shape[0] // block_t), row_tiles, splits if is_split else 1)](
+    triton_matmul.matmul[(cdiv(x.shape[0], block_t), row_tiles, splits if is_split else 1)](
         x, first.codes, first.scales, views[1].codes, views[1].scales, views[2].codes, views[2].scales, out, out,
         out, out, *sizes, 0, 0, 1, 0, x.shape[0], k, first.steps, first.stride, DENSE=True, SHARED=False,
         WEIGHTED=False, SPLITS=splits, IS_SPLIT=is_split, **tile, **first.constants, **OVERLAP,
@@ -137,7 +137,7 @@ def finish(parts: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor
         return parts[0]
     out = torch.empty((num_tokens, size), dtype=dtype, device=parts.device)
     block = 1024
-    triton_matmul.finish[(num_tokens, -(-size // block))](
+    triton_matmul.finish[(num_tokens, cdiv(size, block))](
         parts, out if residual is None else residual, out, num_tokens, size, SPLITS=splits,
         HAS_RESIDUAL=residual is not None, BLOCK=block, **OVERLAP,
     )  # fmt: skip

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from stepflash.kernels import cuda_matmul, reference, triton_matmul, triton_router
-from stepflash.kernels.cuda_norm import power_of_two, rms_norm
+from stepflash.kernels.cuda_norm import rms_norm
 from stepflash.kernels.formats import Format
 from stepflash.kernels.triton_start import OVERLAP
 
@@ -38,9 +39,9 @@ def route(
     topk_weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=x.device)
     if not num_tokens:
         return topk_ids, topk_weights
-    splits = -(-size // ROUTER_COLUMNS)
+    splits = cdiv(size, ROUTER_COLUMNS)
     logits = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=x.device)
-    grid = (-(-num_tokens // ROUTER_TOKENS), -(-num_experts // ROUTER_EXPERTS), splits)
+    grid = (cdiv(num_tokens, ROUTER_TOKENS), cdiv(num_experts, ROUTER_EXPERTS), splits)
     triton_router.router_logits[grid](
         x.contiguous(), router_weight, logits, num_tokens, num_experts, size, BLOCK_T=ROUTER_TOKENS,
         BLOCK_E=ROUTER_EXPERTS, BLOCK_K=ROUTER_COLUMNS, **OVERLAP,
@@ -48,7 +49,7 @@ def route(
     triton_router.choose_experts[(num_tokens,)](
         logits, logits if router_bias is None else router_bias, topk_ids, topk_weights, num_tokens, num_experts,
         scaling_factor, HAS_BIAS=router_bias is not None, SPLITS=splits, TOP_K=top_k,
-        BLOCK_E=power_of_two(num_experts), BLOCK_K=power_of_two(top_k), num_warps=1,
+        BLOCK_E=next_power_of_2(num_experts), BLOCK_K=next_power_of_2(top_k), num_warps=1,
         **OVERLAP,
     )  # fmt: skip
     return topk_ids, topk_weights
@@ -62,17 +63,17 @@ def group_by_expert(topk_ids: Tensor, num_experts: int, with_shared: bool) -> Gr
     num_tokens, num_rows = topk_ids.shape[0], topk_ids.numel()
     # About as many as an expert gets of a large batch, and no more than it can get of a small one.
     block_t = cuda_matmul.block_t_of(min(num_tokens, 3 * num_rows // (2 * num_experts)))
-    shared_blocks = -(-num_tokens // block_t) if with_shared else 0
-    most = shared_blocks + min(num_rows, -(-num_rows // block_t) + num_experts)
+    shared_blocks = cdiv(num_tokens, block_t) if with_shared else 0
+    most = shared_blocks + min(num_rows, cdiv(num_rows, block_t) + num_experts)
     device = topk_ids.device
     rows = torch.empty(most * block_t, dtype=torch.int32, device=device)
     experts = torch.empty(most, dtype=torch.int32, device=device)
     if num_rows <= MAX_GROUPED_ROWS:
-        block_e = power_of_two(num_experts)
+        block_e = next_power_of_2(num_experts)
         first_blocks = torch.empty(block_e, dtype=torch.int32, device=device)
         triton_router.group_rows[(1,)](
             topk_ids, rows, experts, first_blocks, num_rows, num_experts, most, shared_blocks, num_tokens,
-            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_R=16, ALL_ROWS=power_of_two(num_rows), num_warps=8,
+            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_R=16, ALL_ROWS=next_power_of_2(num_rows), num_warps=8,
             **OVERLAP,
         )  # fmt: skip
         return Groups(rows, experts, block_t)
@@ -114,11 +115,11 @@ def _gate_and_up(
     num_routed = num_tokens * top_k
     num_rows = num_routed + (num_tokens if shared else 0)
     block_t = cuda_matmul.block_t_of(num_tokens) if groups is None else groups.block_t
-    num_blocks = -(-num_tokens // block_t) if groups is None else groups.experts.numel()
+    num_blocks = cdiv(num_tokens, block_t) if groups is None else groups.experts.numel()
     is_split = block_t <= 32
     splits = max(1, min(2, hidden_size // (2 * cuda_matmul.MIN_SPLIT_COLUMNS)))
     tile = cuda_matmul.tile_of(fmt, size, hidden_size, block_t, is_pair=not is_split)
-    row_tiles = -(-size // tile["ROWS"])
+    row_tiles = cdiv(size, tile["ROWS"])
     hidden = torch.empty((num_rows, size), dtype=torch.bfloat16, device=x.device)
     out = hidden
     if is_split:
@@ -132,8 +133,8 @@ def _gate_and_up(
         SHARED=bool(shared), SPLITS=splits, IS_SPLIT=is_split, **tile, **gate.constants, **OVERLAP,
     )  # fmt: skip
     if is_split:
-        block = min(1024, power_of_two(size))
-        triton_matmul.activate[(num_rows, -(-size // block))](
+        block = min(1024, next_power_of_2(size))
+        triton_matmul.activate[(num_rows, cdiv(size, block))](
             out,
             hidden,
             num_rows,
@@ -172,7 +173,7 @@ def routed(
     shared_down = cuda_matmul.view(shared[2], fmt, hidden_size, size) if shared else down
     out = torch.empty((hidden.shape[0], hidden_size), dtype=torch.float32, device=x.device)
     tile = cuda_matmul.tile_of(fmt, hidden_size, size, groups.block_t)
-    triton_matmul.matmul[(groups.experts.numel(), -(-hidden_size // tile["ROWS"]), 1)](
+    triton_matmul.matmul[(groups.experts.numel(), cdiv(hidden_size, tile["ROWS"]), 1)](
         hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, down.codes, down.scales,
         groups.rows, groups.experts, topk_weights, out, hidden_size, 0, 0, down.expert_codes, down.expert_scales,
         num_experts, num_tokens * top_k, hidden.shape[0], size, down.steps, down.stride, DENSE=False,
@@ -241,8 +242,8 @@ def moe(
     elif shared:
         parts = dense(normed, shared, shared_formats, shared_size, shared_limit)
         num_parts = parts.shape[0]
-    block = min(1024, power_of_two(hidden_size))
-    triton_matmul.combine[(num_tokens, -(-hidden_size // block))](
+    block = min(1024, next_power_of_2(hidden_size))
+    triton_matmul.combine[(num_tokens, cdiv(hidden_size, block))](
         rows, parts, out if residual is None else residual.contiguous(), out, num_tokens, hidden_size, TOP_K=choices,
         PARTS=num_parts, HAS_RESIDUAL=residual is not None, BLOCK=block,
         **OVERLAP,

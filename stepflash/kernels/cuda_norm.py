@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from stepflash.kernels import triton_norm
 from stepflash.kernels.triton_start import OVERLAP
-
-
-def power_of_two(x: int) -> int:
-    """The smallest one that is not less than x: sizes of blocks are such."""
-    return 1 << max(0, x - 1).bit_length()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,7 +25,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     if x.numel():
         added = x if residual is None else residual.contiguous()
         triton_norm.rms_norm[(x.numel() // size,)](
-            x, added, weight, out, total, size, eps, power_of_two(size), residual is not None,
+            x, added, weight, out, total, size, eps, next_power_of_2(size), residual is not None,
             num_warps=8 if size > 2048 else 4, **OVERLAP,
         )  # fmt: skip
     return out, total
@@ -48,7 +44,7 @@ def _norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) 
     if num_tokens:
         triton_norm.norm_rope[(num_tokens, num_heads)](
             x, weight, out, cos.contiguous(), sin.contiguous(), x.stride(0), eps, num_heads, head_dim,
-            cos.shape[1], power_of_two(head_dim), **OVERLAP,
+            cos.shape[1], next_power_of_2(head_dim), **OVERLAP,
         )  # fmt: skip
     return out
 

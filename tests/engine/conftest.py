@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.kv_cache import SequenceBlocks
 from stepflash.engine.request import Output, Request, RequestStats, SamplingParams
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.load import load_model
@@ -64,6 +68,19 @@ def new_core(model: Step3p5ForCausalLM) -> Callable[..., EngineCore]:
         return EngineCore(model, EngineConfig(**options))  # type: ignore[arg-type]
 
     return build
+
+
+def next_spans(
+    core: EngineCore, sequences: Seq[SequenceBlocks], done: list[int], lengths: Seq[int], rng: random.Random
+) -> list[Span]:
+    """So many random tokens more for each sequence, of which `done` are in the cache; room for drafts behind them."""
+    spans = []
+    for i, (blocks, length) in enumerate(zip(sequences, lengths, strict=True)):
+        for group in (0, 1):
+            core.cache.grow(blocks, group, done[i] + length + 7)
+        spans.append(Span(blocks, done[i], [rng.randrange(512) for _ in range(length)]))
+        done[i] += length
+    return spans
 
 
 def request(name: str, prompt: list[int], **options: object) -> Request:

@@ -25,7 +25,7 @@ from stepflash.nano.tasks import held_out, prompt_text
 from stepflash.weights.hub import resolve_model
 from stepflash.weights.load import load_model
 
-from .conftest import MICRO, collect, drive
+from .conftest import MICRO, collect, drive, next_spans
 
 DEVICE = "cuda"
 pytestmark = [
@@ -103,12 +103,7 @@ def test_replayed_passes_compute_the_same(quantization: str, kv_dtype: torch.dty
     sequences = [core.cache.open() for _ in range(4)]
     done = [0] * 4
     for lengths in ((4, 2, 3, 1), (1, 4, 4, 1), (1, 1, 1, 1), (1, 1, 1, 1), (4, 1, 4, 1)):
-        spans = []
-        for i, (blocks, length) in enumerate(zip(sequences, lengths, strict=True)):
-            for group in (0, 1):
-                core.cache.grow(blocks, group, done[i] + length + 7)
-            spans.append(Span(blocks, done[i], [rng.randrange(512) for _ in range(length)]))
-            done[i] += length
+        spans = next_spans(core, sequences, done, lengths, rng)
         rows = list(range(sum(lengths)))[-5:]
         with torch.inference_mode():
             previous = None

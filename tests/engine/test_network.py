@@ -22,7 +22,7 @@ from stepflash.nano.tasks import held_out, prompt_text
 from stepflash.weights.hub import resolve_model
 from stepflash.weights.load import load_model
 
-from .conftest import MICRO
+from .conftest import MICRO, next_spans
 
 pytestmark = pytest.mark.skipif(not build.load(), reason="no native kernels: no compiler or no AVX2")
 FORMATS = ("bf16", "int8", "int4", "fp8")
@@ -49,12 +49,7 @@ def test_both_networks_compute_the_same(
     sequences = [core.cache.open() for _ in range(3)]
     done = [0, 0, 0]
     for lengths in ((40, 7, 1), (1, 30, 4), (3, 1, 2), (60, 60, 60), (1, 1, 1)):
-        spans = []
-        for i, (blocks, length) in enumerate(zip(sequences, lengths, strict=True)):
-            for group in (0, 1):
-                core.cache.grow(blocks, group, done[i] + length + 7)
-            spans.append(Span(blocks, done[i], [rng.randrange(512) for _ in range(length)]))
-            done[i] += length
+        spans = next_spans(core, sequences, done, lengths, rng)
         rows = sorted(rng.sample(range(sum(lengths)), min(sum(lengths), 5)))
         with torch.inference_mode():
             expected = plain.trunk(spans, rows)
