@@ -146,6 +146,7 @@ class AnswerReader:
             # Who offers no tools gets no calls: text that looks like one is then an example in the answer.
             self._parser = OutputParser(prompt.tools or None, in_reasoning=prompt.in_reasoning)
         self._stop = StopStrings(sampling.stop)
+        self._may_end_early = bool(sampling.stop) or prompt.max_tool_calls is not None
         self._places = None if sampling.logprobs is None else TokenPlaces(len(prompt.prefill))
         self._content_end = 0
         self._pending_prefill = prompt.prefill
@@ -167,18 +168,34 @@ class AnswerReader:
         """
         if output.finish_reason == "error" or output.error is not None:
             raise EngineError(output.error or "the engine failed while running this request")
-        token_ids = output.token_ids
         reason = output.finish_reason
         if reason == "abort" and output.stop_reason == "deadline":
-            self._check_deadline(len(token_ids))
+            self._check_deadline(len(output.token_ids))
             reason = "length"
-        text_ids = token_ids
-        if reason == "stop":
-            while text_ids and text_ids[-1] in self._eos_token_ids:
-                text_ids = text_ids[:-1]
-        self._count(token_ids, output.stats)
-        items: list[StreamItem] = [Progress(text_ids, output.logprobs[: len(text_ids)], self._usage)]
-        text = self._pending_prefill + self._text(text_ids, output.logprobs)
+        num_tokens = len(output.token_ids)
+        # What ends an answer within a burst must not depend on how long the burst is: nothing behind it counts.
+        size = 1 if self._may_end_early else max(1, num_tokens)
+        text_ids: tuple[int, ...] = ()
+        items: list[StreamItem] = []
+        for begin in range(0, max(1, num_tokens), size):
+            is_last = begin + size >= num_tokens
+            part = output.token_ids[begin : begin + size]
+            self._count(part, output.stats)
+            shown = part
+            if reason == "stop" and is_last:
+                while shown and shown[-1] in self._eos_token_ids:
+                    shown = shown[:-1]
+            text_ids += shown
+            items += self._read(shown, output.logprobs[begin : begin + size], reason if is_last else None)
+            if self.is_finished:
+                break
+        return [Progress(text_ids, output.logprobs[: len(text_ids)], self._usage), *items]
+
+    def _read(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None
+    ) -> Iterator[StreamItem]:
+        """The events of some more tokens, the last ones if there is a reason."""
+        text = self._pending_prefill + self._text(token_ids, logprobs)
         self._pending_prefill = ""
         if reason is not None:
             text += self._detokenizer.flush()
@@ -187,14 +204,13 @@ class AnswerReader:
             events = [*events, *self._parser.finish(reason)]
         for event in events:
             if isinstance(event, ReasoningDelta):
-                items.append(event)
+                yield event
                 continue
             for shown in self._filter(event):
-                items += self._text_logprobs(shown)
-                items.append(shown)
+                yield from self._text_logprobs(shown)
+                yield shown
             if self.is_finished:
-                break
-        return items
+                return
 
     def _text(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:
         if self._places is None:

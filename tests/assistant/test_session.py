@@ -99,6 +99,24 @@ def test_stop_string_ends_the_answer_and_the_request() -> None:
     assert engine_of(session).aborted == [engine_of(session).requests[0].request_id]
 
 
+@pytest.mark.parametrize("bursts", [[1], [3], [100]])
+def test_what_a_burst_holds_behind_the_end_of_an_answer_does_not_count(bursts: list[int]) -> None:
+    session = scripted_session("t\n</think>\none STOP two" + END, bursts=bursts)
+    result = answer(session, sampling=SamplingParams(stop=("STOP",), logprobs=0))
+    said = "t\n</think>\none STOP"
+    assert session.tokenizer.decode(result.token_ids) == said
+    assert result.usage.completion_tokens == len(session.tokenizer.encode(said))
+    assert [token.token_id for token in result.logprobs] == list(result.token_ids)
+    places = result.text_logprobs
+    assert len(places.content) + len(places.other) == len(result.token_ids)
+
+    session = scripted_session("t\n</think>\n" + CALL + "\n" + CALL + END, bursts=bursts)
+    conversation = Conversation(messages=HELLO.messages, tools=(WEATHER,))
+    result = answer(session, conversation, max_tool_calls=1)
+    assert session.tokenizer.decode(result.token_ids) == "t\n</think>\n" + CALL
+    assert result.usage.completion_tokens == len(result.token_ids)
+
+
 def test_held_back_text_is_given_when_the_answer_ends() -> None:
     session = scripted_session("t\n</think>\nS ST" + END)
     assert answer(session, sampling=SamplingParams(stop=("STOP",))).content == "S ST"
