@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepflash.assistant.stream import Usage, total_usage
@@ -118,10 +119,19 @@ class RequestRecords:
         finally:
             record.status = record.outcome or record.status or CLIENT_GONE
             record.seconds = time.monotonic() - record.started_at
-            # By route, not by path: whoever asks for many paths must not create many counters.
-            record.route = getattr(scope.get("route"), "path", "other")
+            record.route = _route_of(scope)
             for told in self._closed:
                 told(record)
+
+
+def _route_of(scope: Scope) -> str:
+    """The route, not the path: whoever asks for many paths must not create many counters. Where keys or limits
+    refused a request nobody has looked for its route yet."""
+    route = scope.get("route")
+    if route is None:
+        routes = scope["app"].routes if "app" in scope else ()
+        route = next((one for one in routes if one.matches(scope)[0] is not Match.NONE), None)
+    return getattr(route, "path", "other")
 
 
 def _field_names(names: Sequence[str]) -> str:

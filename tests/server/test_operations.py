@@ -388,6 +388,19 @@ def metrics(client: Client, **options: Any) -> str:
     return response.text
 
 
+def test_what_keys_and_limits_refuse_is_counted_by_route() -> None:
+    client = client_of(scripted_session("x" + END), api_keys=("a", "b"), requests_per_minute=1)
+    for path in (CHAT, CHAT, f"/v1/responses/{SECRET}/cancel", f"/{SECRET}"):
+        client.post(path, json=CHAT_BODY, headers={"x-api-key": "a"})
+    client.get("/v1/models")
+    text = metrics(client, headers={"x-api-key": "b"})
+    for route, status in ((CHAT, 200), (CHAT, 429), ("/v1/models", 401)):
+        assert f'stepflash_requests_total{{route="{route}",status="{status}"}} 1.0' in text
+    assert 'route="/v1/responses/{response_id}/cancel"' in text
+    assert 'route="other"' in text
+    assert SECRET not in text
+
+
 def test_metrics_add_up() -> None:
     session = scripted_session("some words" + END, "cut", bursts=[4])
     client = client_of(session)
