@@ -25,11 +25,10 @@ from stepflash.chat.messages import (
     ToolCallStart,
 )
 from stepflash.chat.parser import OutputParser
+from stepflash.chat.thought_end import THINK_END, advance
 from stepflash.chat.tokenizer import Tokenizer
 from stepflash.engine.request import Output, Request, RequestStats, TokenLogprob
 from stepflash.errors import EngineError, QueueFull
-
-THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +138,7 @@ class AnswerReader:
         self._eos_token_ids = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             self._eos_token_ids |= tokenizer.eos_token_ids
-        self._think_end_id = tokenizer.think_end_id
+        self._token_bytes = tokenizer.token_bytes
         self._detokenizer = tokenizer.detokenizer()
         self._parser: OutputParser | PlainText = PlainText()
         if prompt.parse:
@@ -150,7 +149,8 @@ class AnswerReader:
         self._places = None if sampling.logprobs is None else TokenPlaces(len(prompt.prefill))
         self._content_end = 0
         self._pending_prefill = prompt.prefill
-        self._is_reasoning = prompt.in_reasoning and THINK_END not in prompt.prefill
+        self._is_reasoning = prompt.in_reasoning and THINK_END.decode() not in prompt.prefill
+        self._end_progress = 0  # bytes of the closing tag that stand at the end of the thought
         self._has_tool_calls = False
         self._limit = limit_of(prompt.request.constraint)
         self._usage = Usage(
@@ -241,7 +241,6 @@ class AnswerReader:
     def _filter(self, event: Event) -> Iterator[Event]:
         """One event of the parser, with stop strings and the tool-call limit applied."""
         if isinstance(event, ContentDelta):
-            self._is_reasoning = False
             text, found = self._stop.push(event.text)
             self._content_end = event.end
             if text:
@@ -252,7 +251,6 @@ class AnswerReader:
         if not isinstance(event, ReasoningDelta) and (held := self._stop.flush()):
             yield ContentDelta(held, self._content_end)
         if isinstance(event, ToolCallStart):
-            self._is_reasoning = False
             self._has_tool_calls = True
         if isinstance(event, Finish):
             yield self._finish(event.reason)
@@ -267,13 +265,8 @@ class AnswerReader:
         return Finish("tool_calls" if reason == "stop" and self._has_tool_calls else reason, stop_string)
 
     def _count(self, token_ids: tuple[int, ...], stats: RequestStats | None) -> None:
-        num_reasoning = 0
         was_reasoning = self._is_reasoning
-        if was_reasoning:
-            num_reasoning = len(token_ids)
-            if self._think_end_id is not None and self._think_end_id in token_ids:
-                num_reasoning = token_ids.index(self._think_end_id) + 1
-                self._is_reasoning = False
+        num_reasoning = self._num_reasoning(token_ids) if was_reasoning else 0
         usage = self._usage
         task_reasoning_tokens, thinking_cut = usage.task_reasoning_tokens, usage.thinking_cut
         if task_reasoning_tokens is not None:
@@ -297,6 +290,16 @@ class AnswerReader:
             task_reasoning_tokens=task_reasoning_tokens,
             deadline_reached=usage.deadline_reached,
         )
+
+    def _num_reasoning(self, token_ids: tuple[int, ...]) -> int:
+        """How many of these tokens belong to the thought and its closing tag. Tokens decide, not events: those come
+        when the parser knows more."""
+        for count, token_id in enumerate(token_ids, 1):
+            self._end_progress = advance(self._end_progress, self._token_bytes(token_id))
+            if self._end_progress == len(THINK_END):
+                self._is_reasoning = False
+                return count
+        return len(token_ids)
 
 
 def _overlap(text: str, stop: str) -> int:

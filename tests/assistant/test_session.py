@@ -49,6 +49,13 @@ def test_thought_answer_and_usage() -> None:
     assert result.usage.prompt_tokens == len(engine_of(session).requests[0].prompt_token_ids)
 
 
+@pytest.mark.parametrize("bursts", [[1], [3], [100]])
+def test_a_thought_that_is_opened_once_more_is_counted_up_to_its_end(bursts: list[int]) -> None:
+    result = answer(scripted_session("uni<think>box\n</think>\nHi" + END, bursts=bursts))
+    assert (result.reasoning, result.content) == ("box", "uniHi")
+    assert result.usage.reasoning_tokens == len("uni") + 1 + len("box\n") + 1
+
+
 def test_prompt_is_the_encoded_template() -> None:
     session = scripted_session("x" + END)
     answer(session)
