@@ -36,7 +36,8 @@ class Prompt:
     """A request ready to submit, and how to read its answer.
 
     `parse` False takes the answer as plain content. `tools` are those whose calls are read, whether or not the
-    head of the prompt lists them. `prefill` is text of the answer that the prompt already contains.
+    head of the prompt lists them. `prefill` is text of the answer that the prompt already contains; the events tell
+    what follows, and the whole of a call that it opens.
     `max_tool_calls` ends the answer after that many calls. `task` is what a budget of the whole task counts in.
     """
 
@@ -195,13 +196,13 @@ class AnswerReader:
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None
     ) -> Iterator[StreamItem]:
         """The events of some more tokens, the last ones if there is a reason."""
-        text = self._pending_prefill + self._text(token_ids, logprobs)
-        self._pending_prefill = ""
+        events = self._given_events()
+        text = self._text(token_ids, logprobs)
         if reason is not None:
             text += self._detokenizer.flush()
-        events = self._parser.push(text)
+        events += self._parser.push(text)
         if reason is not None:
-            events = [*events, *self._parser.finish(reason)]
+            events += self._parser.finish(reason)
         for event in events:
             if isinstance(event, ReasoningDelta):
                 yield event
@@ -211,6 +212,12 @@ class AnswerReader:
                 yield shown
             if self.is_finished:
                 return
+
+    def _given_events(self) -> list[Event]:
+        """What the given beginning amounts to, once: no text, which is the client's own, but calls that it opens."""
+        given, self._pending_prefill = self._pending_prefill, ""
+        events = self._parser.push(given) if given else []
+        return [event for event in events if not isinstance(event, ReasoningDelta)]
 
     def _text(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> str:
         if self._places is None:
@@ -241,7 +248,9 @@ class AnswerReader:
     def _filter(self, event: Event) -> Iterator[Event]:
         """One event of the parser, with stop strings and the tool-call limit applied."""
         if isinstance(event, ContentDelta):
-            text, found = self._stop.push(event.text)
+            # A part may be given text that could have become a tag. Stop strings are looked for in what is new.
+            num_given = max(0, len(self._prompt.prefill) - (event.end - len(event.text)))
+            text, found = self._stop.push(event.text[num_given:])
             self._content_end = event.end
             if text:
                 yield ContentDelta(text, event.end - self._stop.num_unshown)

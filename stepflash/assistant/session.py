@@ -93,7 +93,8 @@ class Session:
     ) -> Prompt:
         """Render and encode a conversation.
 
-        `prefill` starts the answer: the model continues after it, without a thought, and it is part of the events.
+        `prefill` starts the answer: the model continues after it, without a thought. It is no part of the events, but
+        for a call that it opens.
         `extra_tools` may be called, but the head of the prompt does not list them. `thinking` None does not limit the
         thought. `answer_format` and `calls` restrict the answer behind the thought; compiling them takes time.
 

@@ -33,15 +33,13 @@ PING: Mapping[str, Any] = {"type": "ping"}
 class MessageHead:
     """What is known of a reply before it begins.
 
-    `num_given_chars` characters of text at its beginning are the client's own and left out. `is_context_limit`
-    says that the context, not the client, limits its length.
+    `is_context_limit` says that the context, not the client, limits its length.
     """
 
     id: str
     model: str
     num_prompt_tokens: int
     shows_thinking: bool = True
-    num_given_chars: int = 0
     is_context_limit: bool = False
 
 
@@ -54,7 +52,6 @@ class MessageEncoder:
         self._num_blocks = 0
         self._open: str | None = None  # the type of the block that has begun
         self._thought: list[str] = []
-        self._num_skipped = head.num_given_chars
 
     def start(self) -> Iterator[Event]:
         """The events before anything is known of the answer."""
@@ -100,11 +97,6 @@ class MessageEncoder:
             self._thought.append(text)
 
     def _text(self, text: str) -> Iterator[Event]:
-        skipped = min(self._num_skipped, len(text))
-        self._num_skipped -= skipped
-        text = text[skipped:]
-        if not text:
-            return
         if self._open != "text":
             yield from self._begin({"type": "text", "text": ""})
         yield self._delta({"type": "text_delta", "text": text})

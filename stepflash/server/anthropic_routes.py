@@ -43,7 +43,6 @@ class AnthropicRoutes:
             model=self.service.model_name,
             num_prompt_tokens=len(prompt.request.prompt_token_ids),
             shows_thinking=body.shows_thinking,
-            num_given_chars=len(body.prefill),
             is_context_limit=max_tokens is not None and max_tokens < body.max_tokens,
         )
         batches = _batches(MessageEncoder(head), stream)

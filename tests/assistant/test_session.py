@@ -175,7 +175,7 @@ def test_tool_call_limit_ends_the_request() -> None:
     assert engine_of(session).aborted
 
 
-def test_prefill_is_prompt_and_part_of_the_events() -> None:
+def test_prefill_is_prompt_and_a_call_that_it_opens_is_told() -> None:
     session = scripted_session("<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>" + END)
     conversation = Conversation(messages=HELLO.messages, tools=(WEATHER,))
     prefill = "<tool_call>\n<function=weather>\n"

@@ -393,6 +393,27 @@ def test_an_answer_goes_on_from_given_text() -> None:
     assert prompt.endswith(f"<think>\n\n</think>\n{given}")
 
 
+@pytest.mark.parametrize("bursts", [[1], [2], [100]])
+def test_given_text_holds_no_stop_sequence_and_takes_nothing_from_the_answer(bursts: list[int]) -> None:
+    def said(given: str, text: str, **options: Any) -> tuple[list[dict[str, Any]], str | None]:
+        session = scripted_session(text + END, bursts=bursts)
+        messages = [*HELLO, {"role": "assistant", "content": given}]
+        message = post(session, messages=messages, **options).json()
+        return message["content"], message["stop_sequence"]
+
+    fence = {"stop_sequences": ["```"]}
+    assert said("```json", "\n{}\n```\nThere.", **fence) == ([{"type": "text", "text": "\n{}\n"}], "```")
+    # Half of it given is not all of it, nor is what stands in the thought.
+    assert said("``", "` x", **fence) == ([{"type": "text", "text": "` x"}], None)
+    assert said("x <", "y") == ([{"type": "text", "text": "y"}], None)
+    thought = {"type": "thinking", "thinking": " so", "signature": ""}
+    answer = {"type": "text", "text": "A whole answer"}
+    assert said("<think>\nhm", " so\n</think>\nA whole answer") == ([thought, answer], None)
+    begun = CALL[: CALL.index("</parameter>")]
+    call, text = said(begun, CALL[len(begun) :] + "\nA whole answer", tools=[WEATHER])[0]
+    assert (call["type"], text["text"].strip()) == ("tool_use", "A whole answer")
+
+
 def test_tool_choice_none_and_one_call_at_a_time() -> None:
     assert "# Tools" not in prompt_of(tools=[WEATHER], tool_choice={"type": "none"})
     one = {"type": "auto", "disable_parallel_tool_use": True}
