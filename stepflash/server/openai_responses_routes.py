@@ -34,6 +34,7 @@ class _Running:
 
     encoder: ResponseEncoder
     engine_request_id: str
+    owner: str
 
 
 class ResponsesRoutes:
@@ -72,7 +73,7 @@ class ResponsesRoutes:
             echo=body.echo,
         )
         encoder = ResponseEncoder(head, self.session.tokenizer.token_bytes)
-        running = _Running(encoder, prompt.request.request_id)
+        running = _Running(encoder, prompt.request.request_id, self._owner())
         num_bytes = current_record().num_body_bytes + (previous.num_bytes if previous else 0)
         batches = self._batches(head.id, running, stream, body, num_bytes)
         if body.stream:
@@ -93,17 +94,17 @@ class ResponsesRoutes:
             raise RequestError(
                 "stream: a stored response comes whole", param="stream", code="unsupported_parameter"
             )
-        if (running := self._running.get(response_id)) is not None:
+        if (running := self._running_one(response_id)) is not None:
             return JSONResponse(running.encoder.response("in_progress"))
         return JSONResponse(self._stored(response_id).response)
 
     async def delete(self, response_id: str) -> Response:
-        self.store.delete(response_id)
+        self.store.delete(response_id, self._owner())
         return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
 
     async def cancel(self, response_id: str) -> Response:
         """Ends a running response; its stream ends with what there is."""
-        running = self._running.get(response_id)
+        running = self._running_one(response_id)
         if running is None:
             status = self._stored(response_id).response["status"]
             raise RequestError(f"the response cannot be cancelled: it is {status}", param="response_id")
@@ -133,17 +134,25 @@ class ResponsesRoutes:
                     events = [event for item in batch for event in running.encoder.encode(item)]
                     for event in events:
                         if body.is_stored and event["type"] in ("response.completed", "response.incomplete"):
-                            self._keep(event["response"], body.items, num_bytes)
+                            self._keep(event["response"], body.items, num_bytes, running.owner)
                     yield events
         finally:
             del self._running[response_id]
 
-    def _keep(self, response: dict[str, Any], items: tuple[Any, ...], num_bytes: int) -> None:
+    def _keep(self, response: dict[str, Any], items: tuple[Any, ...], num_bytes: int, owner: str) -> None:
         num_bytes += len(json.dumps(response))
-        self.store.put(StoredResponse(response=response, items=items, num_bytes=num_bytes))
+        self.store.put(StoredResponse(response=response, items=items, num_bytes=num_bytes, owner=owner))
+
+    def _owner(self) -> str:
+        """Who asks, by key: nobody reads, continues or ends the responses of another key."""
+        return current_record().client if self.service.settings.api_keys else ""
+
+    def _running_one(self, response_id: str) -> _Running | None:
+        running = self._running.get(response_id)
+        return running if running is not None and running.owner == self._owner() else None
 
     def _stored(self, response_id: str) -> StoredResponse:
-        stored = self.store.get(response_id)
+        stored = self.store.get(response_id, self._owner())
         if stored is None:
             raise not_found(response_id)
         return stored
@@ -151,7 +160,7 @@ class ResponsesRoutes:
     def _previous(self, response_id: str | None) -> StoredResponse | None:
         if response_id is None:
             return None
-        stored = self.store.get(response_id)
+        stored = self.store.get(response_id, self._owner())
         if stored is None:
             raise RequestError(
                 f"previous response {response_id!r} not found; the server keeps a limited number, "

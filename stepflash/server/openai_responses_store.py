@@ -15,12 +15,13 @@ MAX_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResponse:
-    """A finished response with the items that led to it. `num_bytes` counts the earlier turns too, because their
-    items are kept as long as this is."""
+    """A finished response with the items that led to it, for the owner alone. `num_bytes` counts the earlier turns
+    too, because their items are kept as long as this is."""
 
     response: Mapping[str, Any]
     items: tuple[Any, ...]
     num_bytes: int
+    owner: str
 
     @property
     def next_items(self) -> tuple[Any, ...]:
@@ -44,19 +45,22 @@ class ResponseStore:
             _, oldest = self._stored.popitem(last=False)
             self._num_bytes -= oldest.num_bytes
 
-    def get(self, response_id: str) -> StoredResponse | None:
-        if response_id in self._stored:
-            self._stored.move_to_end(response_id)
-        return self._stored.get(response_id)
+    def get(self, response_id: str, owner: str) -> StoredResponse | None:
+        stored = self._stored.get(response_id)
+        if stored is None or stored.owner != owner:
+            return None
+        self._stored.move_to_end(response_id)
+        return stored
 
-    def delete(self, response_id: str) -> None:
+    def delete(self, response_id: str, owner: str) -> None:
         """
         Raises:
-            RequestError: there is none.
+            RequestError: the owner has no such response.
         """
-        stored = self._stored.pop(response_id, None)
+        stored = self.get(response_id, owner)
         if stored is None:
             raise not_found(response_id)
+        del self._stored[response_id]
         self._num_bytes -= stored.num_bytes
 
 

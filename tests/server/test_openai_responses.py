@@ -16,6 +16,7 @@ from stepflash.server.app import create_app
 from stepflash.server.openai_responses_decode import ResponsesBody
 from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
 from stepflash.server.openai_responses_store import ResponseStore, StoredResponse
+from stepflash.settings import ServerSettings
 from tests.scripted_engine import END, engine_of, scripted_session
 from tests.server.in_process import client_of, named_events
 
@@ -308,6 +309,24 @@ def test_a_stored_response_can_be_read_continued_and_deleted() -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
+def test_a_response_is_its_own_key_s() -> None:
+    client = client_of(scripted_session(ANSWER), api_keys=("one", "two"))
+    mine, theirs = {"x-api-key": "one"}, {"x-api-key": "two"}
+    first = client.post("/v1/responses", json={"input": "hello"}, headers=mine).json()
+    path = f"/v1/responses/{first['id']}"
+    for response in (
+        client.get(path, headers=theirs),
+        client.get(f"{path}/input_items", headers=theirs),
+        client.post(f"{path}/cancel", headers=theirs),
+        client.delete(path, headers=theirs),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    body = {"input": "and?", "previous_response_id": first["id"]}
+    assert client.post("/v1/responses", json=body, headers=theirs).status_code == 400
+    assert client.post("/v1/responses", json=body, headers=mine).status_code == 200
+    assert client.get(path, headers=mine).json() == first
+
+
 def test_a_streamed_response_is_stored_and_store_false_is_not() -> None:
     client = client_of(scripted_session(ANSWER))
     final = named_events(client.post("/v1/responses", json={"input": "x", "stream": True}))[-1]["response"]
@@ -320,27 +339,27 @@ def test_a_streamed_response_is_stored_and_store_false_is_not() -> None:
 
 def test_the_store_keeps_the_most_recently_used() -> None:
     def stored(name: str) -> StoredResponse:
-        return StoredResponse(response={"id": name, "output": []}, items=(), num_bytes=40)
+        return StoredResponse(response={"id": name, "output": []}, items=(), num_bytes=40, owner="me")
 
     by_number, by_bytes = ResponseStore(max_responses=2), ResponseStore(max_bytes=100)
     for store in (by_number, by_bytes):
         store.put(stored("a"))
         store.put(stored("b"))
-        assert store.get("a") is not None
+        assert store.get("a", "me") is not None
         store.put(stored("c"))
-        assert [store.get(name) is not None for name in "abc"] == [True, False, True]
-        store.delete("a")
+        assert [store.get(name, "me") is not None for name in "abc"] == [True, False, True]
+        store.delete("a", "me")
         store.put(stored("d"))
-        assert [store.get(name) is not None for name in "acd"] == [False, True, True]
+        assert [store.get(name, "me") is not None for name in "acd"] == [False, True, True]
 
 
 def test_a_running_response_can_be_cancelled() -> None:
     session = scripted_session("word " * 1000, pause=0.01)
-    app = create_app(session, "scripted")
+    app = create_app(session, "scripted", settings=ServerSettings(api_keys=("one", "two")))
 
     async def run() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        transport, mine = httpx.ASGITransport(app), {"x-api-key": "one"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=mine) as client:
             body = {"input": "hello", "stream": True}
             streaming = asyncio.create_task(client.post("/v1/responses", json=body))
             while not engine_of(session).requests:
@@ -348,6 +367,10 @@ def test_a_running_response_can_be_cancelled() -> None:
             await asyncio.sleep(0.05)
             (response_id,) = _running_ids(app)
             seen = await client.get(f"/v1/responses/{response_id}")
+            theirs = {"x-api-key": "two"}
+            assert (await client.get(f"/v1/responses/{response_id}", headers=theirs)).status_code == 404
+            cancel = await client.post(f"/v1/responses/{response_id}/cancel", headers=theirs)
+            assert cancel.status_code == 404
             cancelled = await client.post(f"/v1/responses/{response_id}/cancel")
             return seen.json(), cancelled.json(), named_events(await streaming)[-1]
 
