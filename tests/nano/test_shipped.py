@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import stepflash
 from stepflash.engine.llm import LLM
 from stepflash.engine.request import SamplingParams
 from stepflash.nano.evaluate import evaluate, summary
@@ -64,6 +65,25 @@ def test_a_chat_answer_has_a_thought_and_a_result(nano: LLM) -> None:
     assert message is not None
     assert message.content == "42"
     assert message.reasoning
+
+
+def test_what_the_readme_and_the_page_suggest_is_answered_right(nano: LLM) -> None:
+    root = Path(stepflash.__file__).parent
+    page = (root / "server" / "page" / "chat.js").read_text(encoding="utf-8")
+    readme = (root.parent / "README.md").read_text(encoding="utf-8")
+    asked = re.findall(r'"(.+)",', page.split("const EXAMPLES = [")[1].split("]")[0])
+    asked += re.findall(r'"content": "(.+?)"', readme)
+    right = {
+        "What is 17 * 23?": "391",
+        "What day of the week is 10 days after Monday?": "Thursday",
+        "How many times does the letter a occur in banana?": "3",
+        "What is 412 - 187?": "235",
+        "What is 17 + 25?": "42",
+        "Sort 9, 2, 5": "2, 5, 9",
+    }
+    conversations = [[{"role": "user", "content": question}] for question in asked]
+    answers = nano.chat(conversations, sampling_params=SamplingParams(temperature=0.0))
+    assert {q: a.message.content for q, a in zip(asked, answers, strict=True) if a.message} == right
 
 
 def test_speculation_changes_nothing(nano: LLM) -> None:

@@ -9,9 +9,9 @@ import * as tools from "./tools.js";
 const $ = (id) => document.getElementById(id);
 const MAX_TOOL_ROUNDS = 8;
 const EXAMPLES = [
-  "What is 17 * 23 - 48?",
-  "Sort these words: pear, apple, fig, cherry",
-  "How many days are there from 3 March to 20 April?",
+  "What is 17 * 23?",
+  "What day of the week is 10 days after Monday?",
+  "How many times does the letter a occur in banana?",
 ];
 const DEFAULTS = {
   system: "",
