@@ -196,18 +196,20 @@ class AnswerReader:
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None
     ) -> Iterator[StreamItem]:
         """The events of some more tokens, the last ones if there is a reason."""
-        events = self._given_events()
         text = self._text(token_ids, logprobs)
         if reason is not None:
             text += self._detokenizer.flush()
-        events += self._parser.push(text)
-        if reason is not None:
-            events += self._parser.finish(reason)
+        yield from self._shown([*self._given_events(), *self._parser.push(text)], "stop")
+        if reason is not None and not self.is_finished:
+            yield from self._shown(self._parser.finish(reason), reason)
+
+    def _shown(self, events: Sequence[Event], reason: FinishReason) -> Iterator[StreamItem]:
+        """Events with stop strings and the limit of calls applied; a call that ends here does so for that reason."""
         for event in events:
             if isinstance(event, ReasoningDelta):
                 yield event
                 continue
-            for shown in self._filter(event):
+            for shown in self._filter(event, reason):
                 yield from self._text_logprobs(shown)
                 yield shown
             if self.is_finished:
@@ -245,8 +247,7 @@ class AnswerReader:
             raise QueueFull(f"no token came within the {seconds:g} seconds that this request had", seconds)
         self._usage = replace(self._usage, deadline_reached=True)
 
-    def _filter(self, event: Event) -> Iterator[Event]:
-        """One event of the parser, with stop strings and the tool-call limit applied."""
+    def _filter(self, event: Event, reason: FinishReason) -> Iterator[Event]:
         if isinstance(event, ContentDelta):
             # A part may be given text that could have become a tag. Stop strings are looked for in what is new.
             num_given = max(0, len(self._prompt.prefill) - (event.end - len(event.text)))
@@ -267,7 +268,7 @@ class AnswerReader:
         yield event
         limit = self._prompt.max_tool_calls
         if isinstance(event, ToolCallEnd) and limit is not None and event.index + 1 >= limit:
-            yield self._finish("stop")
+            yield self._finish(reason)
 
     def _finish(self, reason: FinishReason, stop_string: str | None = None) -> Finish:
         self.is_finished = True

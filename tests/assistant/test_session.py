@@ -124,6 +124,21 @@ def test_what_a_burst_holds_behind_the_end_of_an_answer_does_not_count(bursts: l
     assert result.usage.completion_tokens == len(result.token_ids)
 
 
+@pytest.mark.parametrize("bursts", [[1], [3], [100]])
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_a_call_that_is_cut_off_is_no_whole_one(bursts: list[int], limit: int | None) -> None:
+    conversation = Conversation(messages=HELLO.messages, tools=(WEATHER,))
+
+    def finish_reason(calls: str) -> str:
+        session = scripted_session("t\n</think>\n" + calls, bursts=bursts)
+        return answer(session, conversation, max_tool_calls=limit).finish_reason
+
+    assert finish_reason(CALL[: CALL.index("lo\n</parameter>")]) == "length"
+    second_is_cut = finish_reason(CALL + CALL[: CALL.index("lo\n</parameter>")])
+    assert second_is_cut == ("tool_calls" if limit == 1 else "length")
+    assert finish_reason(CALL + END) == "tool_calls"
+
+
 def test_held_back_text_is_given_when_the_answer_ends() -> None:
     session = scripted_session("t\n</think>\nS ST" + END)
     assert answer(session, sampling=SamplingParams(stop=("STOP",))).content == "S ST"
