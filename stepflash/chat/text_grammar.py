@@ -30,12 +30,38 @@ _READ_AS = {
     "object": r"/\s*[{\[(](?s:.*)/",
     "array": r"/\s*[{\[(](?s:.*)/",
 }
+_DATE = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_DAYS, _SECONDS = "[0-9]+D", "[0-9]+S"
+_MONTHS, _MINUTES = f"[0-9]+M({_DAYS})?", f"[0-9]+M({_SECONDS})?"
+_IN_DAYS = f"({_DAYS}|{_MONTHS}|[0-9]+Y({_MONTHS})?)"
+_IN_HOURS = f"T({_SECONDS}|{_MINUTES}|[0-9]+H({_MINUTES})?)"
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = rf"{_LABEL}(\.{_LABEL})*"
+_ATOM = r"[A-Za-z0-9!#$%&'*+\/=?^_`{|}~-]+"
+_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_HEX = "[0-9a-fA-F]{1,4}"
+_SHORTENED = [  # by the number of groups in front of the gap
+    (f"{_HEX}(:{_HEX}){{{before - 1}}}" if before else "")
+    + "::"
+    + (f"({_HEX}(:{_HEX}){{0,{6 - before}}})?" if before < 7 else "")
+    for before in range(8)
+]
+_PATH = r"([A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"
+_AUTHORITY = rf"([A-Za-z0-9._~!$&'()*+,;=:-]*@)?({_HOST})?(:[0-9]{{1,5}})?"
+# What is allowed is of the format; of rare ways to write a value (addresses in brackets, say) some are not.
 _FORMATS = {
-    "date": r"/[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])/",
-    "time": r"/([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])/",
-    "date-time": r"/[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
-    r"(\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])/",
-    "uuid": r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/",
+    "date": f"/{_DATE}/",
+    "time": f"/{_TIME}/",
+    "date-time": f"/{_DATE}T{_TIME}/",
+    "duration": f"/P([0-9]+W|{_IN_DAYS}({_IN_HOURS})?|{_IN_HOURS})/",
+    "email": rf"/{_ATOM}(\.{_ATOM})*@{_HOST}/",
+    "hostname": f"/{_HOST}/",
+    "ipv4": rf"/{_OCTET}(\.{_OCTET}){{3}}/",
+    "ipv6": f"/({_HEX}:){{7}}{_HEX}|{'|'.join(_SHORTENED)}/",
+    "uuid": "/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/",
+    "uri": rf"/[A-Za-z][A-Za-z0-9+.-]*:(\/\/{_AUTHORITY}(\/{_PATH}*)*|\/?({_PATH}+(\/{_PATH}*)*)?)"
+    rf"(\?({_PATH}|[\/?])*)?(#({_PATH}|[\/?])*)?/",
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 import jsonschema
 import numpy as np
@@ -223,6 +225,45 @@ def test_hints_of_other_tools_are_passed_over() -> None:
     assert not allows(grammar([loose]), written("f", x='["a"]'))
     with pytest.raises(BadSchema, match="minProperties"):
         grammar([tool("f", {}, minProperties=1)])
+
+
+FORMATS = {
+    "date": (["2024-02-29"], ["2024-13-01", "24-01-01", ""]),
+    "time": (["10:20:30Z", "23:59:59.25+02:00"], ["10:20", "24:00:00Z"]),
+    "date-time": (["2024-02-29T10:20:30Z"], ["2024-02-29 10:20:30Z", "2024-02-29"]),
+    "duration": (["P3W", "P1Y2M", "P1DT2H3M", "PT5S"], ["P", "P1DT", "3W", "P1S"]),
+    "email": (["a@b.example", "first.last+tag@x"], ["falseses", "@x", "a@", "a b@x", "a@-x"]),
+    "hostname": (["x", "a-b.example"], ["-a", "a..b", "a_b", ""]),
+    "ipv4": (["0.0.0.0", "192.168.1.255"], ["256.1.1.1", "1.2.3", "01.2.3.4"]),
+    "ipv6": (
+        ["::", "::1", "fe80::1:2", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "1::3:4:5:6:7:8"],
+        ["1:2:3", "1::2::3", "1:2:3:4:5:6:7:8:9", "12345::", "1:2:3:4::5:6:7:8", ":"],
+    ),
+    "uuid": (["123e4567-e89b-12d3-a456-426614174000"], ["123e4567"]),
+    "uri": (
+        ["https://u@x.example:80/a%20b?q=1/2#f", "mailto:a@b", "file:///tmp/x", "urn:a:b"],
+        ["x.example", "http://a b", "http://x/%zz", "://x", "http://x#a#b"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_of_text(name: str) -> None:
+    formatted = grammar([tool("f", {"x": {"type": "string", "format": name}}, "x")])
+    right, wrong = FORMATS[name]
+    for text in right:
+        assert allows(formatted, written("f", x=text)), text
+    for text in wrong:
+        assert not allows(formatted, written("f", x=text)), text
+
+
+@pytest.mark.parametrize("name", ["ipv4", "ipv6", "uuid"])
+def test_what_is_written_in_a_format_is_of_it(name: str) -> None:
+    one = tool("f", {"x": {"type": "string", "format": name}}, ["x"])
+    for seed in range(30):
+        (call,) = calls([one], seed, num_free=seed, is_single=True).tool_calls
+        text = call.arguments["x"]
+        assert UUID(text) if name == "uuid" else ipaddress.ip_address(text).version == int(name[3])
 
 
 PATTERNS = ["ab", "^ab", "ab$", "^ab$", "^a|b$", "a|^b$", "^(a|b)$", r"a\$", r"[|^$]b", r"a\\$"]
