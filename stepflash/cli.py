@@ -317,6 +317,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (the default), cuda or cuda:N")
     group.add_argument(
+        "--threads", type=int, metavar="N", help="that compute on the CPU (one a core, or OMP_NUM_THREADS)"
+    )
+    group.add_argument(
         "--dtype", metavar="TYPE", help=f"of weights, and of keys and values: {', '.join(DTYPES)}"
     )
     group.add_argument(
@@ -341,6 +344,7 @@ def _engine_settings(args: argparse.Namespace) -> EngineSettings:
         os.environ["STEPFLASH_ALLOW_KNOWN_BAD"] = "1"
     return EngineSettings(
         device=args.device,
+        threads=args.threads,
         dtype=args.dtype,
         quantization=args.quantization,
         max_num_seqs=args.max_num_seqs,

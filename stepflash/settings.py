@@ -31,11 +31,12 @@ REASONING_FIELDS = {
 class EngineSettings:
     """How to run a model. None leaves the choice to the engine.
 
-    `device` is cpu, cuda or cuda:N. `prefix_cache` is a file: what was cached when the engine ended is there again
-    when it starts.
+    `device` is cpu, cuda or cuda:N. `threads` compute on the CPU. `prefix_cache` is a file: what was cached when the
+    engine ended is there again when it starts.
     """
 
     device: str = "cpu"
+    threads: int | None = None
     dtype: str | None = None
     quantization: str | None = None
     max_num_seqs: int | None = None
@@ -45,6 +46,8 @@ class EngineSettings:
     prefix_cache: str | None = None
 
     def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 4096:
+            raise ConfigError(f"threads must be between 1 and 4096, got {self.threads}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
@@ -54,7 +57,7 @@ class EngineSettings:
         if self.max_num_seqs is not None and not 1 <= self.max_num_seqs <= 4096:
             raise ConfigError(f"max_num_seqs must be between 1 and 4096, got {self.max_num_seqs}")
         if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb <= 65536:
-            raise ConfigError(f"kv_cache_gb must be above 0, got {self.kv_cache_gb:g}")
+            raise ConfigError(f"kv_cache_gb must be above 0 and at most 65536, got {self.kv_cache_gb:g}")
 
     @property
     def kv_cache_bytes(self) -> int | None:

@@ -343,7 +343,7 @@ def test_serve_answers_over_http() -> None:
     # Nothing but log lines, and no prompt in them.
     told = [json.loads(line) for line in rest.splitlines()]
     assert [(entry["route"], entry["status"]) for entry in told][:3] == [
-        ("other", 401),
+        ("/v1/models", 401),
         ("/v1/models", 200),
         ("/v1/chat/completions", 200),
     ]

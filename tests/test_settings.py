@@ -12,9 +12,11 @@ from stepflash.settings import EngineSettings, ServerSettings, did_you_mean, is_
     ("kind", "values"),
     [
         (EngineSettings, {"dtype": "int3"}),
+        (EngineSettings, {"threads": 0}),
         (EngineSettings, {"max_num_seqs": 0}),
         (EngineSettings, {"kv_cache_gb": 0.0}),
         (EngineSettings, {"kv_cache_gb": float("nan")}),
+        (EngineSettings, {"kv_cache_gb": 1e9}),
         (EngineSettings, {"kv_dtype": "fp8"}),
         (EngineSettings, {"max_model_len": 1}),
         (ServerSettings, {"port": -1}),

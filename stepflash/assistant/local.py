@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from stepflash.assistant.session import Session
@@ -44,6 +45,8 @@ def open_session(model: str, settings: EngineSettings) -> Iterator[LocalModel]:
         WeightsError, ConfigError: the model or a setting cannot be used; before anything large is read if
             tokenizer, template or configuration are at fault.
     """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     path = resolve_model(model)
     config = ModelConfig.from_pretrained(path)
     tokenizer = Tokenizer.from_pretrained(path)

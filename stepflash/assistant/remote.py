@@ -29,7 +29,15 @@ def open_remote_session(
             one that only the server can have.
         WeightsError: `model` is not there.
     """
-    for name in ("dtype", "quantization", "max_num_seqs", "kv_cache_gb", "kv_dtype", "prefix_cache"):
+    for name in (
+        "threads",
+        "dtype",
+        "quantization",
+        "max_num_seqs",
+        "kv_cache_gb",
+        "kv_dtype",
+        "prefix_cache",
+    ):
         if getattr(settings, name) is not None:
             raise ConfigError(f"{name} belongs to the server behind --upstream; set it there")
     path = resolve_model(model, needs_weights=False)

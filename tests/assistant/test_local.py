@@ -11,6 +11,7 @@ import torch
 from stepflash.assistant.local import default_sampling, open_session
 from stepflash.assistant.stream import fold
 from stepflash.chat.messages import Conversation, Message
+from stepflash.engine.engine import Engine
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import ConfigError, WeightsError
 from stepflash.settings import EngineSettings
@@ -42,6 +43,18 @@ def test_sampling_that_cannot_be_used(text: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         default_sampling(tmp_path)
+
+
+def test_as_many_threads_compute_as_were_asked_for() -> None:
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            with open_session(str(MICRO), EngineSettings(threads=number)) as local:
+                engine = local.session.engine
+                assert isinstance(engine, Engine)
+                assert engine.call(lambda core: torch.get_num_threads()).result() == number
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_greedy_answer_is_the_argmax_of_the_network() -> None:
