@@ -1,9 +1,10 @@
 """How packed weights lie on a CUDA device: the same codes and scales as in `formats.py`, in the order in which a
 warpgroup multiplies them.
 
-int8, int4, fp8: tiles of 2 KiB, 64 rows by 32 columns (int4: 64 columns, the second 32 in the high nibbles), a row of
-tiles after the other. Thread t of 128 holds bytes 16 t and up, which are its share of a matrix instruction:
-row 16 (t / 32) + t / 4 % 8 + 8 r and column 16 s + 8 h + 2 (t % 4) + p is byte r s h p, most significant first.
+int8, int4, fp8: tiles of 2 KiB, 64 rows by 32 columns (int4: 64 columns), a row of tiles after the other. Thread t
+of 128 holds bytes 16 t and up, which are its share of a matrix instruction: row 16 (t / 32) + t / 4 % 8 + 8 r and
+column 16 s + 8 h + 2 (t % 4) + p is byte s h r p, most significant first, the order of its registers. int4: of word
+s h of 32 bits nibble p q r, q being 1 for the second 32 columns: a shift and a mask give a pair of columns.
 Scales follow: of every step of two groups the scales of all rows, the two float16 of a row side by side; of fp8 a
 float32 for every 128 columns and 64 rows.
 
@@ -145,12 +146,18 @@ def _tiles(matrix: Tensor, fmt: Format) -> Tensor:
     planes = 2 if fmt.is_int4 else 1
     parts = matrix.view(rows // ROWS, 4, 2, 8, columns // (32 * planes), planes, 2, 2, 4, 2)
     #                   row tile, warp, r, lane / 4, column tile, plane, s, h, lane % 4, p
-    tiles = parts.permute(5, 0, 4, 1, 3, 8, 2, 6, 7, 9).reshape(planes, -1)
-    return tiles[0] | tiles[1] << 4 if planes == 2 else tiles[0]
+    if planes == 1:
+        return parts.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9).reshape(-1)
+    nibbles = parts.permute(0, 4, 1, 3, 8, 6, 7, 9, 5, 2).reshape(-1, 2)
+    return nibbles[:, 0] | nibbles[:, 1] << 4
 
 
 def _untiled(tiles: Tensor, fmt: Format, rows: int, columns: int) -> Tensor:
     """Inverse of `_tiles`."""
-    planes = torch.stack([tiles & 15, tiles >> 4]) if fmt.is_int4 else tiles[None]
-    parts = planes.view(-1, rows // ROWS, columns // (32 * planes.shape[0]), 4, 8, 4, 2, 2, 2, 2)
-    return parts.permute(1, 3, 6, 4, 2, 0, 7, 8, 5, 9).reshape(rows, columns)
+    if not fmt.is_int4:
+        parts = tiles.view(rows // ROWS, columns // 32, 4, 8, 4, 2, 2, 2, 2)
+        return parts.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(rows, columns)
+    parts = torch.stack([tiles & 15, tiles >> 4], -1).view(
+        rows // ROWS, columns // 64, 4, 8, 4, 2, 2, 2, 2, 2
+    )
+    return parts.permute(0, 2, 9, 3, 1, 8, 5, 6, 4, 7).reshape(rows, columns)

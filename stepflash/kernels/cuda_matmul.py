@@ -86,7 +86,8 @@ def num_splits(n: int, k: int) -> int:
 
 def block_t_of(num_rows: int) -> int:
     """Tokens of a program: the short side of the matrix unit, or enough to pay for decoding the weights."""
-    return 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 512 else 128
+    few = next((size for size in (8, 16, 32) if num_rows <= size), 0)
+    return few or (64 if num_rows <= 512 else 128)
 
 
 def tile_of(fmt: Format, n: int, k: int, block_t: int, is_pair: bool = False) -> dict[str, int]:

@@ -30,31 +30,34 @@ INT4 = tl.constexpr(3)
 
 @triton.jit
 def decode_int4(raw):
-    """uint8 -> bf16 of the low and of the high nibbles, each minus 8. 0x43xx is 128 + xx as bf16."""
+    """uint8 -> bf16 of the nibbles minus 8: of the first and of the second 32 columns. 0x43xx is 128 + xx as bf16."""
     if ON_DEVICE:
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, one, off;
+            .reg .b32 a, one, off;
             mov.b32 one, 0x3F803F80;
             mov.b32 off, 0xC308C308;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shr.b32 c, a, 4;
-            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+            lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
             fma.rn.bf16x2 $0, a, one, off;
-            fma.rn.bf16x2 $2, c, one, off;
-            shr.b32 c, b, 4;
-            lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $1, b, one, off;
-            fma.rn.bf16x2 $3, c, one, off;
+            shr.b32 a, $4, 4;
+            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $1, a, one, off;
+            shr.b32 a, $4, 8;
+            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $2, a, one, off;
+            shr.b32 a, $4, 12;
+            lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $3, a, one, off;
             }""",
             "=r,=r,=r,=r,r", [raw], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
         return low, high
+    # Bytes p q of nibbles r become q of bytes r p.
     code = raw.to(tl.int32)
-    return ((code & 15) - 8).to(tl.float32).to(tl.bfloat16), ((code >> 4) - 8).to(tl.float32).to(tl.bfloat16)
+    both = tl.join(code & 15, code >> 4)
+    parts = tl.permute(tl.reshape(both, (raw.shape[0], raw.shape[1] // 4, 2, 2, 2)), (0, 1, 4, 2, 3))
+    low, high = tl.split(tl.reshape(parts, (raw.shape[0], raw.shape[1], 2)))
+    return (low - 8).to(tl.float32).to(tl.bfloat16), (high - 8).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
@@ -112,10 +115,9 @@ def decode_fp8(raw):
 @triton.jit
 def fragment(tiles, ROWS: tl.constexpr):
     """Decoded tiles [ROWS / 64, 2048] as weights [ROWS, 32]: a thread keeps what it holds."""
-    parts = tl.reshape(
-        tiles, (ROWS // 16, 8, 4, 2, 2, 2, 2)
-    )  # warp, row, column pair; 8 rows, 16 and 8 columns, pair
-    return tl.reshape(tl.permute(parts, (0, 3, 1, 4, 5, 2, 6)), (ROWS, 32))
+    # Warp, row, column pair; 16 and 8 columns, 8 rows, pair.
+    parts = tl.reshape(tiles, (ROWS // 16, 8, 4, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 5, 1, 3, 4, 2, 6)), (ROWS, 32))
 
 
 @triton.jit
@@ -136,10 +138,10 @@ def load_tiles(codes, tile, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def fragments(raw, ROWS: tl.constexpr):
-    """Raw int4 tiles [ROWS / 64, 2048] as weights [ROWS, 64], the low nibbles first."""
+    """Raw int4 tiles [ROWS / 64, 2048] as weights [ROWS, 64]."""
     low, high = decode_int4(raw)
     parts = tl.reshape(tl.join(low, high), (ROWS // 16, 8, 4, 2, 2, 2, 2, 2))
-    return tl.reshape(tl.permute(parts, (0, 3, 1, 7, 4, 5, 2, 6)), (ROWS, 64))
+    return tl.reshape(tl.permute(parts, (0, 5, 1, 7, 3, 4, 2, 6)), (ROWS, 64))
 
 
 @triton.jit

@@ -13,11 +13,15 @@ from .conftest import random_packed
 FORMATS = [fmt for fmt in Format if cuda_layout.is_supported(fmt)]
 
 
-def place(row: int, column: int) -> int:
-    """Byte of a tile that holds this weight of 64 rows and 32 columns, by the description in `cuda_layout`."""
+def place(row: int, column: int, is_int4: bool = False) -> tuple[int, int]:
+    """Byte of a tile of 64 rows that holds this weight, and its first bit there, by the words of `cuda_layout`."""
     thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
-    r, s, h, p = row // 8 % 2, column // 16 % 2, column // 8 % 2, column % 2
-    return 16 * thread + 8 * r + 4 * s + 2 * h + p
+    r, q, s, h, p = row // 8 % 2, column // 32, column // 16 % 2, column // 8 % 2, column % 2
+    word = 16 * thread + 8 * s + 4 * h
+    if is_int4:
+        nibble = 4 * p + 2 * q + r
+        return word + nibble // 2, nibble % 2 * 4
+    return word + 2 * r + p, 0
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
@@ -50,10 +54,9 @@ def test_codes_and_scales_are_where_they_should_be(fmt: Format) -> None:
     for row, column in torch.randint(0, n, (200, 2), generator=generator).tolist():
         column *= 4  # all over the columns
         tile = row // 64 * (k // width) + column // width
-        byte = int(tiles[tile * 2048 + place(row % 64, column % 32)])
-        if fmt.is_int4:
-            byte = byte >> 4 if column % 64 >= 32 else byte & 15
-        assert byte - (8 if fmt.is_int4 else 128) == codes[row, column]
+        at, shift = place(row % 64, column % width, fmt.is_int4)
+        code = int(tiles[tile * 2048 + at]) >> shift
+        assert (code % 16 - 8 if fmt.is_int4 else code - 128) == codes[row, column]
     halves = tiles[end:].view(torch.float16)
     for row, group in ((0, 0), (127, 1), (70, k // fmt.group - 1)):
         assert halves[(group // 2 * n + row) * 2 + group % 2] == scales[row, group]
@@ -67,7 +70,7 @@ def test_blocks_of_fp8() -> None:
     codes = weight.view(torch.uint8)
     for row, column in ((0, 0), (63, 31), (64, 32), (255, 383), (130, 200)):
         tile = row // 64 * (384 // 32) + column // 32
-        assert tiles[tile * 2048 + place(row % 64, column % 32)] == codes[row, column]
+        assert tiles[tile * 2048 + place(row % 64, column % 32)[0]] == codes[row, column]
     stored = tiles[256 * 384 :].view(torch.float32)[: 3 * 4].view(3, 4)
     assert torch.equal(stored, scales.T.repeat_interleave(2, 1))
 
