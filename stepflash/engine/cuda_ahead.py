@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, TokenBatch
+from stepflash.engine.cuda_forward import forward_of
 from stepflash.engine.cuda_replay import MOST, Graphs, Staged, Tables, round_up, size_for
 from stepflash.engine.kv_cache import MAX_MODULES, KVCache
 from stepflash.engine.network import Drafts, Pass
@@ -152,6 +152,7 @@ class AheadPasses:
     ) -> None:
         self._model, self._cache, self._vocab_limit = model, cache, vocab_limit
         self._graphs, self._tables = graphs, tables
+        self._forward = forward_of(model, cache)
         device, embedding = cache.device, model.model.embed_tokens.weight
         num_passes = 1 + MAX_MODULES
         self._staged = Staged(
@@ -217,7 +218,7 @@ class AheadPasses:
             return TokenBatch(per_token, bounds[: sizes[k] + 1], contexts[: sizes[k]], tables)
 
         batch = batch_of(0)
-        hidden_states = model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch))
+        hidden_states = self._forward.trunk(batch)
         states[trunk_at : trunk_at + size] = hidden_states
         self._choose(0, model.compute_logits(hidden_states))
 
@@ -238,8 +239,7 @@ class AheadPasses:
             ids = self._choices.view(-1)[source[begin : begin + sizes[k]]]
             previous = states[words[NEXT, columns[k] : columns[k] + sizes[k]]]
             states[read_at[k] : read_at[k] + sizes[k]] = previous
-            attend = PagedAttention(self._cache, batch)
-            hidden_states = model.mtp_forward(k, ids, previous, batch.positions, attend)
+            hidden_states = self._forward.module(k, ids, previous, batch)
             states[left_at[k] : left_at[k] + sizes[k]] = hidden_states
             self._choose(k, model.mtp_compute_logits(k, hidden_states[last[k - 1]]))
         self._best[0, : depth + 1, :size] = self._choices[: depth + 1, :size]

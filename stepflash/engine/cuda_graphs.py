@@ -17,9 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, TokenBatch, token_rows
 from stepflash.engine.cuda_ahead import AheadPasses
+from stepflash.engine.cuda_forward import forward_of
 from stepflash.engine.cuda_replay import (
     MOST,
     SIZES,
@@ -64,6 +64,7 @@ class GraphNetwork:
     ) -> None:
         self._model, self._cache, self._vocab_limit = model, cache, vocab_limit
         self._eager = ModelNetwork(model, cache)
+        self._forward = forward_of(model, cache)
         self._graphs = Graphs(cuda_capture(cache.device) if capture is None else capture)
         self._tables = Tables(cache)
         self._ahead = AheadPasses(model, cache, vocab_limit, self._graphs, self._tables)
@@ -121,12 +122,11 @@ class GraphNetwork:
         tokens, model = self._tokens[size], self._model
         tables = self._tables.views(size, width)
         batch = TokenBatch(tokens.per_token[:4], tokens.cu_seqlens, tokens.context_lens, tables)
-        token_ids, positions, attend = batch.input_ids, batch.positions, PagedAttention(self._cache, batch)
         if module:
-            hidden_states = model.mtp_forward(module, token_ids, self._previous[:size], positions, attend)
+            hidden_states = self._forward.module(module, batch.input_ids, self._previous[:size], batch)
             logits = model.mtp_compute_logits(module, hidden_states[tokens.per_token[4]])
         else:
-            hidden_states = model(token_ids, positions, attend)
+            hidden_states = self._forward.trunk(batch)
             logits = model.compute_logits(hidden_states[tokens.per_token[4]])
         ids, values = ops.best_tokens(logits, self._vocab_limit)
         self._hidden_states[:size] = hidden_states

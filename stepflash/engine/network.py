@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stepflash.engine.attend import PagedAttention
 from stepflash.engine.batch import Span, build_batch
+from stepflash.engine.cuda_forward import forward_of
 from stepflash.engine.kv_cache import KVCache
 from stepflash.model.config import RopeConfig
 from stepflash.model.transformer import Step3p5ForCausalLM
@@ -71,18 +71,18 @@ class ModelNetwork:
     def __init__(self, model: Step3p5ForCausalLM, cache: KVCache) -> None:
         self._model = model
         self._cache = cache
+        self._forward = forward_of(model, cache)
 
     def trunk(self, spans: Sequence[Span], rows: Sequence[int]) -> Pass:
         batch = build_batch(self._cache, spans)
-        hidden_states = self._model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch))
+        hidden_states = self._forward.trunk(batch)
         if not rows:
             return Pass(hidden_states, _no_logits(hidden_states))
         return Pass(hidden_states, self._model.compute_logits(_select(hidden_states, rows)))
 
     def module(self, module: int, spans: Sequence[Span], previous: Tensor, rows: Sequence[int]) -> Pass:
         batch = build_batch(self._cache, spans, shift=module)
-        attend = PagedAttention(self._cache, batch)
-        hidden_states = self._model.mtp_forward(module, batch.input_ids, previous, batch.positions, attend)
+        hidden_states = self._forward.module(module, batch.input_ids, previous, batch)
         if not rows:
             return Pass(hidden_states, _no_logits(hidden_states))
         return Pass(hidden_states, self._model.mtp_compute_logits(module, _select(hidden_states, rows)))

@@ -19,7 +19,7 @@ from stepflash.kernels import (
     kv_layout,
     reference,
     triton_attention,
-    triton_matmul,
+    triton_finish,
     triton_norm,
     triton_sampling,
 )
@@ -94,7 +94,7 @@ def linear(
 def _gated(x: Tensor, gate: Tensor) -> Tensor:
     num_tokens, size = x.shape
     out, block = torch.empty_like(x), min(2048, next_power_of_2(size))
-    triton_matmul.gated[(num_tokens, cdiv(size, block))](
+    triton_finish.gated[(num_tokens, cdiv(size, block))](
         x, gate, out, size, gate.shape[1], size // gate.shape[1], block, **OVERLAP
     )
     return out
@@ -127,16 +127,46 @@ def qkv_gate(
     if not num_tokens:
         return q, k, v, gate
     normed = rms_norm(x, norm_weight, eps)
-    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
-    parts = _side_by_side(normed, weights[:3], formats[:3], sizes[:3])
-    gate_parts = _side_by_side(normed, weights[3:], formats[3:], sizes[3:])
-    triton_norm.finish_heads[(num_tokens, cdiv(num_heads + 2 * num_kv_heads, HEAD_BLOCK) + 1)](
-        parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate, num_tokens, eps,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1],
-        BLOCK_D=next_power_of_2(head_dim), BLOCK_H=HEAD_BLOCK, BLOCK_G=next_power_of_2(num_heads),
-        PARTS=parts.shape[0], GATE_PARTS=gate_parts.shape[0], **OVERLAP,
-    )  # fmt: skip
+    project_heads(
+        normed, weights, formats, q_weight, k_weight, eps, cos, sin, (q, k, v, gate), None, None, (None, None)
+    )
     return q, k, v, gate
+
+
+def project_heads(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[int],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    before: Tensor | None,
+    slots: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Projections of x, head norms and rotation into q, k, v and the head gate.
+
+    With `before`, x is that times a norm's 1 + weight, and its rows are still to be scaled. With `slots`, k and v are
+    a cache, and `scales` those of an int8 one.
+    """
+    q, k, v, gate = out
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[-2]
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, num_heads]
+    gate_parts = _side_by_side(x, weights[3:], formats[3:], sizes[3:])
+    parts = _side_by_side(x, weights[:3], formats[:3], sizes[:3])
+    triton_norm.finish_heads[(num_tokens, cdiv(num_heads + 2 * num_kv_heads, HEAD_BLOCK) + 1)](
+        parts, gate_parts, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q, k, v, gate,
+        x if before is None else before, x if slots is None else slots, k if scales[0] is None else scales[0],
+        v if scales[1] is None else scales[1], num_tokens, x.shape[1], eps, NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=cos.shape[1], BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_H=HEAD_BLOCK, BLOCK_G=next_power_of_2(num_heads), BLOCK_X=next_power_of_2(x.shape[1]),
+        PARTS=parts.shape[0], GATE_PARTS=gate_parts.shape[0], SCALED=before is not None, CACHED=slots is not None,
+        INT8=scales[0] is not None, **OVERLAP,
+    )  # fmt: skip
 
 
 # ---- attention ---------------------------------------------------------------------------------------------

@@ -31,6 +31,14 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     return out, total
 
 
+def row_scales(x: Tensor, eps: float) -> Tensor:
+    """What a norm multiplies each row with, beside its weight: [num_rows] float32."""
+    num_rows, size = x.shape
+    out = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    triton_norm.row_scales[(num_rows,)](x, out, size, eps, next_power_of_2(size), **OVERLAP)
+    return out
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:

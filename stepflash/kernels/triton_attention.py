@@ -12,7 +12,8 @@ A program serves BLOCK_Q queries of all heads of one group, so that a tile of ke
 import triton
 import triton.language as tl
 
-from stepflash.kernels.triton_start import enter
+from stepflash.kernels.triton_norm import as_int8
+from stepflash.kernels.triton_start import announce, enter, fetch, wait
 
 
 @triton.jit
@@ -95,6 +96,23 @@ def attend_chunk(
 
 
 @triton.jit
+def fetch_chunk(
+    chunk, oldest, newest, kv_head, table, k_cache, v_cache, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Asks for the keys and values of a chunk; all but the newest were there before this pass."""
+    key = chunk * CHUNK + tl.arange(0, CHUNK)
+    held = (key >= oldest) & (key <= newest)
+    block_id = tl.load(table + key // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
+    row = (block_id * BLOCK_SIZE + key % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
+    LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements
+    dim = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
+    at, inside = row[:, None] * HEAD_DIM + dim[None, :], held[:, None] & (dim[None, :] < HEAD_DIM)
+    fetch(k_cache + at, inside)
+    fetch(v_cache + at, inside)
+
+
+@triton.jit
 def store_result(
     out, gate, token, head, live, total, sums, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, HAS_GATE: tl.constexpr,
@@ -119,7 +137,6 @@ def attend(
     TILE: tl.constexpr, INT8: tl.constexpr, HAS_GATE: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, num_kv_heads, num_splits or 1). SPLIT: one chunk a program, left for `merge_splits`."""
-    enter()
     block, kv_head = tl.program_id(0), tl.program_id(1)
     seq = find_sequence(cu_seqlens, num_seqs, block, BLOCK_Q, 1)
     start = tl.load(cu_seqlens + seq)
@@ -136,23 +153,31 @@ def attend(
     token, head = start + query, kv_head * GROUP + member
     row = token * NUM_HEADS + head
     position = length - count + query
+    oldest = visible_from(length - count + first_query, window, first_key)
+    newest = tl.minimum(length - count + first_query + BLOCK_Q, length) - 1
+    table = block_table + seq.to(tl.int64) * table_stride
+    chunk = oldest // CHUNK
+    if SPLIT:
+        chunk += tl.program_id(2)
+        if chunk > newest // CHUNK:
+            return
+        fetch_chunk(
+            chunk, oldest, newest, kv_head, table, k_cache, v_cache, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D,
+            CHUNK,
+        )  # fmt: skip
+    wait()
     queries = tl.load(
         q + row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :],
         mask=live[:, None] & (dims[None, :] < HEAD_DIM),
         other=0.0,
     )
     queries = queries.to(tl.float32) if WIDE else queries.to(tl.bfloat16)
-    oldest = visible_from(length - count + first_query, window, first_key)
-    newest = tl.minimum(length - count + first_query + BLOCK_Q, length) - 1
-    table = block_table + seq.to(tl.int64) * table_stride
     if SPLIT:
-        chunk = oldest // CHUNK + tl.program_id(2)
-        if chunk > newest // CHUNK:
-            return
         peak, total, sums = attend_chunk(
             queries, position, chunk, oldest, newest, kv_head, table, k_cache, v_cache, k_scale, v_scale, window,
             scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS, BLOCK_D, CHUNK, TILE, INT8,
         )  # fmt: skip
+        announce()
         part = row.to(tl.int64) * num_splits + tl.program_id(2)
         tl.store(split_peaks + part, peak, mask=live)
         tl.store(split_totals + part, total, mask=live)
@@ -161,12 +186,13 @@ def attend(
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for chunk in range(oldest // CHUNK, newest // CHUNK + 1):
+        for turn in range(chunk, newest // CHUNK + 1):
             other_peak, other_total, other_sums = attend_chunk(
-                queries, position, chunk, oldest, newest, kv_head, table, k_cache, v_cache, k_scale, v_scale,
+                queries, position, turn, oldest, newest, kv_head, table, k_cache, v_cache, k_scale, v_scale,
                 window, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS, BLOCK_D, CHUNK, TILE, INT8,
             )  # fmt: skip
             peak, total, sums = merge(peak, total, sums, other_peak, other_total, other_sums)
+        announce()
         store_result(out, gate, token, head, live, total, sums, NUM_HEADS, HEAD_DIM, BLOCK_D, HAS_GATE)
 
 
@@ -177,7 +203,7 @@ def merge_splits(
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, NUM_HEADS): the chunks of one token in ascending order."""
-    enter()
+    announce()
     token = tl.program_id(0)
     seq = find_sequence(cu_seqlens, num_seqs, token, 1, 0)
     start = tl.load(cu_seqlens + seq)
@@ -193,6 +219,7 @@ def merge_splits(
     sums = tl.zeros([1, BLOCK_D], tl.float32)
     row = (token * NUM_HEADS + head).to(tl.int64)
     chunks = (first_position + query) // CHUNK - oldest // CHUNK + 1
+    wait()
     for first in range(0, chunks, 16):
         for i in tl.static_range(16):  # so many loads are under way at once
             part = row * num_splits + first + i
@@ -227,10 +254,6 @@ def write_slots(
     values = tl.load(source + token.to(tl.int64) * stride + head * HEAD_DIM + dims, mask=inside, other=0.0)
     row = slot * NUM_KV_HEADS + head
     if INT8:
-        wide = values.to(tl.float32)
-        peak = tl.max(tl.abs(wide), 0)
-        scaled = wide * tl.where(peak > 0, 127.0 / tl.where(peak > 0, peak, 1.0), 0.0)
-        # 1.5 * 2 ** 23 rounds to the nearest even integer.
-        values = (scaled + 12582912.0) - 12582912.0
+        values, peak = as_int8(values.to(tl.float32), 0)
         tl.store(scales + row, peak / 127.0)
     tl.store(cache + row * HEAD_DIM + dims, values.to(cache.dtype.element_ty), mask=inside)

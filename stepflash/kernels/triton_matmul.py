@@ -17,7 +17,7 @@ is a row of the result, or -1 for none. A dense product is one expert.
 import triton
 import triton.language as tl
 
-from stepflash.kernels.triton_start import ON_DEVICE, announce, enter, fetch, wait
+from stepflash.kernels.triton_start import ON_DEVICE, announce, is_last, wait
 
 BF16 = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -29,35 +29,40 @@ INT4 = tl.constexpr(3)
 
 
 @triton.jit
-def decode_int4(raw):
-    """uint8 -> bf16 of the nibbles minus 8: of the first and of the second 32 columns. 0x43xx is 128 + xx as bf16."""
+def decode_int4(words):
+    """int32 [ROWS / 64, 512] -> bf16 [.., 2, 2, 2] of the nibbles p q r minus 8, r last. 0x43xx is 128 + xx."""
     if ON_DEVICE:
-        low, high = tl.inline_asm_elementwise(
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, one, off;
             mov.b32 one, 0x3F803F80;
             mov.b32 off, 0xC308C308;
-            lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $0, a, one, off;
-            shr.b32 a, $4, 4;
+            lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 a, a, one, off;
+            mov.b32 {$0, $4}, a;
+            shr.b32 a, $8, 4;
             lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $1, a, one, off;
-            shr.b32 a, $4, 8;
+            fma.rn.bf16x2 a, a, one, off;
+            mov.b32 {$1, $5}, a;
+            shr.b32 a, $8, 8;
             lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $2, a, one, off;
-            shr.b32 a, $4, 12;
+            fma.rn.bf16x2 a, a, one, off;
+            mov.b32 {$2, $6}, a;
+            shr.b32 a, $8, 12;
             lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 $3, a, one, off;
+            fma.rn.bf16x2 a, a, one, off;
+            mov.b32 {$3, $7}, a;
             }""",
-            "=r,=r,=r,=r,r", [raw], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r", [words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=1,
         )  # fmt: skip
-        return low, high
-    # Bytes p q of nibbles r become q of bytes r p.
-    code = raw.to(tl.int32)
-    both = tl.join(code & 15, code >> 4)
-    parts = tl.permute(tl.reshape(both, (raw.shape[0], raw.shape[1] // 4, 2, 2, 2)), (0, 1, 4, 2, 3))
-    low, high = tl.split(tl.reshape(parts, (raw.shape[0], raw.shape[1], 2)))
-    return (low - 8).to(tl.float32).to(tl.bfloat16), (high - 8).to(tl.float32).to(tl.bfloat16)
+        return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))).to(
+            tl.bfloat16, bitcast=True
+        )
+    nibble = tl.reshape(tl.arange(0, 8), (1, 1, 2, 2, 2))
+    code = tl.expand_dims(tl.expand_dims(tl.expand_dims(words, 2), 3), 4) >> nibble * 4
+    return ((code & 15) - 8).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
@@ -130,18 +135,26 @@ def load_x(x, source, live, first_k, in_features, WIDTH: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
-def load_tiles(codes, tile, stride, ROWS: tl.constexpr):
-    """Raw bytes [ROWS / 64, 2048] of tile `tile` of these rows."""
-    at = tl.arange(0, ROWS // 64)[:, None] * stride + tl.arange(0, 2048)[None, :]
-    return tl.load(codes + tile * 2048 + at)
+def load_tiles(codes, tile, stride, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Tile `tile` of these rows, of SIZE bytes or words: [ROWS / 64, SIZE]."""
+    at = tl.arange(0, ROWS // 64)[:, None] * stride + tl.arange(0, SIZE)[None, :]
+    return tl.load(codes + tile * SIZE + at)
 
 
 @triton.jit
-def fragments(raw, ROWS: tl.constexpr):
-    """Raw int4 tiles [ROWS / 64, 2048] as weights [ROWS, 64]."""
-    low, high = decode_int4(raw)
-    parts = tl.reshape(tl.join(low, high), (ROWS // 16, 8, 4, 2, 2, 2, 2, 2))
-    return tl.reshape(tl.permute(parts, (0, 5, 1, 7, 3, 4, 2, 6)), (ROWS, 64))
+def fragments(words, ROWS: tl.constexpr):
+    """int4 tiles [ROWS / 64, 512] as weights [ROWS, 64]."""
+    # Warp, row, column pair; 16 and 8 columns, pair, 32 columns, 8 rows.
+    parts = tl.reshape(decode_int4(words), (ROWS // 16, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 7, 1, 6, 3, 4, 2, 5)), (ROWS, 64))
+
+
+@triton.jit
+def both_fragments(words, ROWS: tl.constexpr):
+    """The same as weights [ROWS, 32], twice."""
+    parts = tl.reshape(decode_int4(words), (ROWS // 16, 8, 4, 2, 2, 2, 2, 2))
+    low, high = tl.split(tl.permute(parts, (0, 7, 1, 3, 4, 2, 5, 6)))
+    return tl.reshape(low, (ROWS, 32)), tl.reshape(high, (ROWS, 32))
 
 
 @triton.jit
@@ -184,7 +197,7 @@ def add_step(
     elif KIND == FP8:
         part = tl.zeros_like(sums)
         for i in tl.static_range(4):
-            tile = decode_fp8(load_tiles(codes, step * 4 + i, stride, ROWS))
+            tile = decode_fp8(load_tiles(codes, step * 4 + i, stride, ROWS, 2048))
             xs = load_x(x, source, live, step * 128 + i * 32, in_features, 32, EVEN)
             part = tl.dot(fragment(tile, ROWS), xs, part)
         sums += part * tl.load(scales + step * width + row // 64)[:, None]
@@ -192,9 +205,9 @@ def add_step(
         word = tl.load(scales + step * width + row)  # two float16
         if KIND == INT4 and GROUP == 32 and BLOCK_T <= 32:
             # Few tokens: both groups in one product, each with columns of its own, so that it is waited for once.
-            raw = load_tiles(codes, step, stride, ROWS)
+            words = load_tiles(codes, step, stride, ROWS, 512)
             part = tl.dot(
-                fragments(raw, ROWS), load_x_twice(x, source, live, step * 64, in_features, EVEN, BLOCK_T)
+                fragments(words, ROWS), load_x_twice(x, source, live, step * 64, in_features, EVEN, BLOCK_T)
             )
             low, high = tl.split(tl.permute(tl.reshape(part, (ROWS, 2, BLOCK_T)), (0, 2, 1)))
             sums += low * half_scale(word, 0)[:, None]
@@ -205,20 +218,22 @@ def add_step(
                 first = step * 2 * GROUP + half * GROUP
                 if KIND == INT8:
                     for i in tl.static_range(GROUP // 32):
-                        raw = load_tiles(codes, first // 32 + i, stride, ROWS)
+                        raw = load_tiles(codes, first // 32 + i, stride, ROWS, 2048)
                         xs = load_x(x, source, live, first + i * 32, in_features, 32, EVEN)
                         part = tl.dot(fragment(decode_int8(raw), ROWS), xs, part)
                 elif GROUP == 32:
-                    low, high = decode_int4(load_tiles(codes, step, stride, ROWS))
+                    low, high = both_fragments(load_tiles(codes, step, stride, ROWS, 512), ROWS)
                     xs = load_x(x, source, live, first, in_features, 32, EVEN)
-                    part = tl.dot(fragment(high if half else low, ROWS), xs, part)
+                    part = tl.dot(high if half else low, xs, part)
                 else:
                     for i in tl.static_range(GROUP // 64):
-                        low, high = decode_int4(load_tiles(codes, first // 64 + i, stride, ROWS))
+                        low, high = both_fragments(
+                            load_tiles(codes, first // 64 + i, stride, ROWS, 512), ROWS
+                        )
                         xs = load_x(x, source, live, first + i * 64, in_features, 32, EVEN)
-                        part = tl.dot(fragment(low, ROWS), xs, part)
+                        part = tl.dot(low, xs, part)
                         xs = load_x(x, source, live, first + i * 64 + 32, in_features, 32, EVEN)
-                        part = tl.dot(fragment(high, ROWS), xs, part)
+                        part = tl.dot(high, xs, part)
                 sums += part * half_scale(word, half)[:, None]
     return sums
 
@@ -252,33 +267,22 @@ def begin_rows(codes, scales, first_row, size, stride, KIND: tl.constexpr, ROWS:
 # ---- products -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def fetch_rows(codes, first_step, stride, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Asks for the first 128 lines that these rows will read from first_step on, or less; weights never change."""
-    if KIND == BF16:  # a line of 64 columns of every row
-        row = tl.arange(0, ROWS)
-        fetch(codes + row.to(tl.int64) * stride + first_step * 64, first_step * 64 < stride + row * 0)
-    else:
-        STEP_BYTES: tl.constexpr = 8192 if KIND == FP8 else GROUP * 128 if KIND == INT8 else GROUP * 64
-        at = first_step * STEP_BYTES + tl.arange(0, 128) * 128
-        fetch(codes + at, at < stride)
-
-
 @triton.jit(do_not_specialize=["num_weighted", "out_rows"])
 def matmul(
-    x, codes_a, scales_a, codes_b, scales_b, codes_c, scales_c, rows, experts, row_weights, out,
-    size_a, size_b, size_c, expert_codes, expert_scales, num_experts, num_weighted, out_rows, in_features, steps,
-    stride, DENSE: tl.constexpr, SHARED: tl.constexpr, WEIGHTED: tl.constexpr, SPLITS: tl.constexpr,
-    IS_SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    x, codes_a, scales_a, codes_b, scales_b, codes_c, scales_c, rows, experts, row_weights, out, residual, gain,
+    total, scaled, counters, size_a, size_b, size_c, expert_codes, expert_scales, num_experts, num_weighted, out_rows,
+    in_features, steps, stride, DENSE: tl.constexpr, SHARED: tl.constexpr, WEIGHTED: tl.constexpr,
+    FINISH: tl.constexpr, HAS_GAIN: tl.constexpr, SPLITS: tl.constexpr, IS_SPLIT: tl.constexpr, KIND: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, row tiles of all matrices, SPLITS or 1): products with up to three matrices side by side.
 
     out [SPLITS or 1, out_rows, size_a + size_b + size_c] float32; with SHARED, b is expert num_experts instead of a
     second matrix. WEIGHTED: results of the first num_weighted rows times row_weights[row]. DENSE: rows 0 to
-    out_rows - 1 of expert 0; `rows` and `experts` are not read.
+    out_rows - 1 of expert 0; `rows` and `experts` are not read. FINISH, with one matrix: `finish_tile` of the sums,
+    by the last of the splits; counters [row blocks * row tiles] are 0.
     """
-    announce()
     block, tile = tl.program_id(0), tl.program_id(1)
     row = block * BLOCK_T + tl.arange(0, BLOCK_T)
     codes, scales, size, column = codes_a, scales_a, size_a, 0
@@ -294,11 +298,11 @@ def matmul(
             tile -= tiles_a
             codes, scales, size, column = codes_b, scales_b, size_b, size_a
     else:
-        wait()
-        expert = tl.load(experts + block).to(tl.int64)
+        # Written before the kernel before this one began, and not by way of this multiprocessor.
+        expert = tl.load(experts + block, cache_modifier=".cg").to(tl.int64)
         if expert > num_experts or (expert == num_experts and not SHARED):
             return
-        row = tl.load(rows + row)
+        row = tl.load(rows + row, cache_modifier=".cg")
         live = row >= 0
         if SHARED and expert == num_experts:
             codes, scales = codes_b, scales_b
@@ -308,9 +312,7 @@ def matmul(
     sums = tl.zeros([ROWS, BLOCK_T], tl.float32)
     per_split = (steps + SPLITS - 1) // SPLITS
     first = tl.program_id(2) * per_split
-    if DENSE:
-        fetch_rows(codes, first, stride, KIND, GROUP, ROWS)
-        wait()
+    wait()
     if IS_SPLIT or SPLITS == 1:
         sums = add_steps(
             sums, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
@@ -324,12 +326,38 @@ def matmul(
                 part, codes, scales, x, row, live, first, tl.minimum(first + per_split, steps), in_features, stride,
                 width, KIND, GROUP, ROWS, BLOCK_T, EVEN, STAGES, UNROLL,
             )  # fmt: skip
+    announce()
     if WEIGHTED:
         weights = tl.load(row_weights + row, mask=live & (row < num_weighted), other=1.0)
         sums = sums * weights[None, :]
     n = tile * ROWS + tl.arange(0, ROWS)
     at = (tl.program_id(2) * out_rows + row.to(tl.int64))[None, :] * total_size + (column + n)[:, None]
-    tl.store(out + at, sums, mask=live[None, :] & (n < size)[:, None])
+    inside = live[None, :] & (n < size)[:, None]
+    if FINISH:
+        if IS_SPLIT:
+            tl.store(out + at, sums, mask=inside)
+            if is_last(counters + block * tl.num_programs(1) + tile, SPLITS):
+                at = row.to(tl.int64)[None, :] * total_size + n[:, None]
+                sums = tl.zeros([ROWS, BLOCK_T], tl.float32)
+                for split in tl.static_range(SPLITS):
+                    part = out + tl.full([], out_rows, tl.int64) * split * total_size + at
+                    sums += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
+                finish_tile(sums, residual, gain, total, scaled, at, n, size, inside, HAS_GAIN)
+        else:
+            finish_tile(sums, residual, gain, total, scaled, at, n, size, inside, HAS_GAIN)
+    else:
+        tl.store(out + at, sums, mask=inside)
+
+
+@triton.jit
+def finish_tile(sums, residual, gain, total, scaled, at, n, size, inside, HAS_GAIN: tl.constexpr):
+    """Adds the residual and rounds, the same times a norm's 1 + gain as what its products read."""
+    sums += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = sums.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=inside)
+    if HAS_GAIN:
+        factor = 1.0 + tl.load(gain + n, mask=n < size, other=0.0).to(tl.float32)
+        tl.store(scaled + at, (rounded.to(tl.float32) * factor[:, None]).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -343,24 +371,28 @@ def swiglu_of(gates, ups, limit):
 @triton.jit(do_not_specialize=["num_routed", "num_rows"])
 def swiglu(
     x, gate, gate_scales, up, up_scales, shared_gate, shared_gate_scales, shared_up, shared_up_scales, rows, experts,
-    out, size, expert_codes, expert_scales, num_experts, num_routed, num_rows, limit, shared_limit, in_features,
-    steps, stride, TOP_K: tl.constexpr, DENSE: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
+    row_scales, parts, counters, out, size, expert_codes, expert_scales, num_experts, num_routed, num_rows,
+    limit, shared_limit, in_features, steps, stride, TOP_K: tl.constexpr, DENSE: tl.constexpr,
+    SHARED: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr,
     IS_SPLIT: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, row tiles): out[row] bf16 [num_rows, size], `swiglu_of` gate and up of a row of x. IS_SPLIT:
-    grid (row blocks, 2 * row tiles, SPLITS), out [SPLITS, 2, num_rows, size] float32 for `activate` to add up.
+    grid (row blocks, 2 * row tiles, SPLITS); a tile's last one adds up parts [SPLITS, 2, num_rows, size] float32.
 
     The row of x is row // TOP_K below num_routed, from there on row - num_routed: with SHARED, expert num_experts is
-    the shared one. DENSE as in `matmul`, with num_routed rows.
+    the shared one. SCALED: products times row_scales of the row of x. DENSE
+    as in `matmul`, with num_routed rows.
     """
-    announce()
     block, tile = tl.program_id(0), tl.program_id(1)
     row = block * BLOCK_T + tl.arange(0, BLOCK_T)
     codes, scales, other_codes, other_scales = gate, gate_scales, up, up_scales
     which = 0
     if IS_SPLIT:
         which, tile = tile % 2, tile // 2
+    per_split = (steps + SPLITS - 1) // SPLITS
+    first = tl.program_id(2) * per_split
+    last = tl.minimum(first + per_split, steps)
     if DENSE:
         live = row < num_routed
     else:
@@ -382,24 +414,33 @@ def swiglu(
             codes, scales = gate + expert * expert_codes, gate_scales + expert * expert_scales
             other_codes, other_scales = up + expert * expert_codes, up_scales + expert * expert_scales
     source = tl.where(row < num_routed, row // TOP_K, row - num_routed)
-    per_split = (steps + SPLITS - 1) // SPLITS
     n = tile * ROWS + tl.arange(0, ROWS)
     inside = live[None, :] & (n < size)[:, None]
     if IS_SPLIT:
         if which == 1:
             codes, scales = other_codes, other_scales
         codes, scales, width = begin_rows(codes, scales, tile * ROWS, size, stride, KIND, ROWS)
-        first = tl.program_id(2) * per_split
         if DENSE:
-            fetch_rows(codes, first, stride, KIND, GROUP, ROWS)
             wait()
         sums = add_steps(
-            tl.zeros([ROWS, BLOCK_T], tl.float32), codes, scales, x, source, live, first,
-            tl.minimum(first + per_split, steps), in_features, stride, width, KIND, GROUP, ROWS, BLOCK_T, EVEN,
-            STAGES, UNROLL,
+            tl.zeros([ROWS, BLOCK_T], tl.float32), codes, scales, x, source, live, first, last, in_features, stride,
+            width, KIND, GROUP, ROWS, BLOCK_T, EVEN, STAGES, UNROLL,
         )  # fmt: skip
-        at = ((tl.program_id(2) * 2 + which) * num_rows + row.to(tl.int64))[None, :] * size + n[:, None]
-        tl.store(out + at, sums, mask=inside)
+        announce()
+        at = row.to(tl.int64)[None, :] * size + n[:, None]
+        plane = tl.full([], num_rows, tl.int64) * size
+        tl.store(parts + (tl.program_id(2) * 2 + which) * plane + at, sums, mask=inside)
+        if is_last(counters + block * (tl.num_programs(1) // 2) + tile, 2 * SPLITS):
+            gates = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            ups = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            for split in tl.static_range(SPLITS):
+                part = parts + split * 2 * plane + at
+                gates += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
+                ups += tl.load(part + plane, mask=inside, other=0.0, cache_modifier=".cg")
+            if SCALED:
+                factor = tl.load(row_scales + source, mask=live, other=0.0)[None, :]
+                gates, ups = gates * factor, ups * factor
+            tl.store(out + at, swiglu_of(gates, ups, limit), mask=inside)
     else:
         if DENSE:
             wait()
@@ -426,82 +467,10 @@ def swiglu(
                 )  # fmt: skip
             gates += gate_part
             ups += up_part
+        announce()
+        if SCALED:
+            factor = tl.load(row_scales + source, mask=live, other=0.0)[None, :]
+            gates, ups = gates * factor, ups * factor
         tl.store(
             out + row.to(tl.int64)[None, :] * size + n[:, None], swiglu_of(gates, ups, limit), mask=inside
         )
-
-
-# ---- what follows them --------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_routed"])
-def activate(
-    parts, out, num_rows, size, num_routed, limit, shared_limit, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Grid (num_rows, column blocks): `swiglu_of` the sums over parts [SPLITS, 2, num_rows, size], in order."""
-    enter()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
-    gates = tl.zeros([BLOCK], tl.float32)
-    ups = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        gates += tl.load(parts + (split * 2 * num_rows + row) * size + column, mask=inside, other=0.0)
-        ups += tl.load(parts + ((split * 2 + 1) * num_rows + row) * size + column, mask=inside, other=0.0)
-    result = swiglu_of(gates, ups, tl.where(row < num_routed, limit, shared_limit))
-    tl.store(out + row * size + column, result, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def finish(
-    parts, residual, out, num_tokens, size, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Grid (num_tokens, column blocks): parts [SPLITS, num_tokens, size] in order, plus the residual."""
-    enter()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + (split * num_tokens + token) * size + column, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        total += tl.load(residual + token * size + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def combine(
-    routed, parts, residual, out, num_tokens, size, TOP_K: tl.constexpr, PARTS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (num_tokens, column blocks): the token's TOP_K routed rows in order, the shared expert, the residual.
-
-    routed [num_tokens * TOP_K, size]; parts [PARTS, num_tokens, size], of the shared expert; float32.
-    """
-    enter()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(TOP_K):
-        total += tl.load(routed + (token * TOP_K + choice) * size + column, mask=inside, other=0.0)
-    if PARTS:
-        dense = tl.zeros([BLOCK], tl.float32)
-        for part in tl.static_range(PARTS):
-            dense += tl.load(parts + (part * num_tokens + token) * size + column, mask=inside, other=0.0)
-        total += dense
-    if HAS_RESIDUAL:
-        total += tl.load(residual + token * size + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gated(x, gate, out, size, num_heads, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (num_tokens, column blocks): x [num_tokens, size], heads side by side, times sigmoid of their gates."""
-    enter()
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
-    wide = tl.load(x + token * size + column, mask=inside, other=0.0).to(tl.float32)
-    gates = tl.load(gate + token * num_heads + column // HEAD_DIM, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * size + column, (wide * tl.sigmoid(gates)).to(out.dtype.element_ty), mask=inside)

@@ -31,6 +31,22 @@ def rms_norm(
 
 
 @triton.jit
+def row_scale(x, row, size, eps, BLOCK: tl.constexpr):
+    """What a norm multiplies row `row` of x [rows, size] with, beside its weight."""
+    column = tl.arange(0, BLOCK)
+    wide = tl.load(x + row.to(tl.int64) * size + column, mask=column < size, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+
+
+@triton.jit
+def row_scales(x, out, size, eps, BLOCK: tl.constexpr):
+    """Grid (rows,)."""
+    enter()
+    row = tl.program_id(0)
+    tl.store(out + row, row_scale(x, row, size, eps, BLOCK))
+
+
+@triton.jit
 def norm_rope(
     x, weight, out, cos, sin, x_stride, eps, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,12 +83,14 @@ def add_parts(parts, at, stride, mask, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def finish_heads(
-    parts, gate_parts, q_weight, k_weight, cos, sin, q, k, v, gate, num_tokens, eps, NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, GATE_PARTS: tl.constexpr,
+    parts, gate_parts, q_weight, k_weight, cos, sin, q, k, v, gate, x, slots, k_scales, v_scales, num_tokens, size,
+    eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_X: tl.constexpr, PARTS: tl.constexpr,
+    GATE_PARTS: tl.constexpr, SCALED: tl.constexpr, CACHED: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, blocks of BLOCK_H heads of q, k and v, and one for the gate): adds the parts of the
-    projections and rounds them as `linear` does, then norm and rotation of q's and k's heads as in `norm_rope`."""
+    projections and rounds them as `linear` does, then norm and rotation of q's and k's heads as in `norm_rope`.
+    SCALED: the parts times `row_scale` of x. CACHED: k and v are a cache, written as `write_slots` does."""
     enter()
     token = tl.program_id(0).to(tl.int64)
     HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
@@ -80,6 +98,8 @@ def finish_heads(
         column = tl.arange(0, BLOCK_G)
         stride = tl.full([], num_tokens, tl.int64) * NUM_HEADS
         total = add_parts(gate_parts, token * NUM_HEADS + column, stride, column < NUM_HEADS, GATE_PARTS)
+        if SCALED:
+            total *= row_scale(x, token, size, eps, BLOCK_X)
         tl.store(gate + token * NUM_HEADS + column, total.to(gate.dtype.element_ty), mask=column < NUM_HEADS)
         return
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
@@ -89,12 +109,22 @@ def finish_heads(
     stride = tl.full([], num_tokens, tl.int64) * HEADS * HEAD_DIM
     begin = (token * HEADS + head) * HEAD_DIM
     dtype = q.dtype.element_ty
-    rounded = add_parts(parts, begin + dim, stride, inside, PARTS).to(dtype)
-    is_q, is_v = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
-    kv_row = token * NUM_KV_HEADS + head - tl.where(is_v, NUM_HEADS + NUM_KV_HEADS, NUM_HEADS)
-    tl.store(v + kv_row * HEAD_DIM + dim, rounded, mask=inside & is_v)
     partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-    across = add_parts(parts, begin + partner, stride, turns, PARTS).to(dtype).to(tl.float32)
+    sums = add_parts(parts, begin + dim, stride, inside, PARTS)
+    across = add_parts(parts, begin + partner, stride, turns, PARTS)
+    if SCALED:
+        factor = row_scale(x, token, size, eps, BLOCK_X)
+        sums, across = sums * factor, across * factor
+    rounded, across = sums.to(dtype), across.to(dtype).to(tl.float32)
+    is_q, is_v = head < NUM_HEADS, head >= NUM_HEADS + NUM_KV_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    kv_row = token * NUM_KV_HEADS + head - tl.where(is_v, NUM_HEADS + NUM_KV_HEADS, NUM_HEADS)
+    if CACHED:
+        slot = tl.load(slots + token)
+        kv_row += (slot - token) * NUM_KV_HEADS
+        is_written = head * 0 + slot >= 0
+        is_k, is_v = is_k & is_written, is_v & is_written
+    store_heads(v, v_scales, rounded, kv_row, dim, is_v & (head < HEADS), HEAD_DIM, INT8)
     wide = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + eps)[:, None]
     gain = tl.where(is_q, load_gain(q_weight, dim, HEAD_DIM), load_gain(k_weight, dim, HEAD_DIM))
@@ -108,11 +138,25 @@ def finish_heads(
     turned = normed * c + tl.where(dim < HALF, -across, across) * s
     result = tl.where(turns, turned, normed).to(dtype)
     tl.store(q + (token * NUM_HEADS + head) * HEAD_DIM + dim, result, mask=inside & is_q)
-    tl.store(
-        k + kv_row * HEAD_DIM + dim,
-        result,
-        mask=inside & (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS),
-    )
+    store_heads(k, k_scales, result, kv_row, dim, is_k, HEAD_DIM, INT8)
+
+
+@triton.jit
+def store_heads(target, scales, heads, row, dim, live, HEAD_DIM: tl.constexpr, INT8: tl.constexpr):
+    """Into rows `row` [heads, 1] of target; as int8 with a scale, peak / 127."""
+    if INT8:
+        heads, peak = as_int8(heads.to(tl.float32), 1)
+        tl.store(scales + row, peak[:, None] / 127.0, mask=live)
+    tl.store(target + row * HEAD_DIM + dim, heads.to(target.dtype.element_ty), mask=live & (dim < HEAD_DIM))
+
+
+@triton.jit
+def as_int8(wide, AXIS: tl.constexpr):
+    """float32 scaled to -127..127 along an axis and rounded, still as float32, and the peaks."""
+    peak = tl.max(tl.abs(wide), AXIS)
+    factor = tl.where(peak > 0, 127.0 / tl.where(peak > 0, peak, 1.0), 0.0)
+    # 1.5 * 2 ** 23 rounds to the nearest even integer.
+    return (wide * tl.expand_dims(factor, AXIS) + 12582912.0) - 12582912.0, peak
 
 
 @triton.jit

@@ -50,3 +50,16 @@ def fetch(pointers, mask):
             "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
             "=r,l,r", [pointers.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def is_last(counter, count):
+    """Whether all but this one of `count` programs have come here, and so what they stored before can be read.
+
+    Read it past the multiprocessor's own cache (".cg"). The counter is 0 before and after.
+    """
+    tl.debug_barrier()  # the whole program has stored
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+    if arrived == count:
+        tl.store(counter, 0)
+    return arrived == count

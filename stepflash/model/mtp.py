@@ -42,9 +42,13 @@ class MTPLayer(DecoderLayer):
 
     def combine(self, embeddings: Tensor, hidden_states: Tensor, cos_sin: Rotation, attend: Attend) -> Tensor:
         """Both inputs [num_tokens, hidden_size], the embedding half first -> this module's hidden states."""
-        joined = torch.cat((self.enorm(embeddings), self.hnorm(hidden_states)), dim=-1)
-        out: Tensor = self(self.eh_proj(joined), cos_sin, attend)
+        out: Tensor = self(self.join(embeddings, hidden_states), cos_sin, attend)
         return out
+
+    def join(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the layer itself reads of the two."""
+        joined: Tensor = self.eh_proj(torch.cat((self.enorm(embeddings), self.hnorm(hidden_states)), dim=-1))
+        return joined
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, vocab_size], from this module's own head."""

@@ -187,6 +187,11 @@ class QuantAttention(_Gathered):
         fused = _packed(self.projections)[:2]
         self._before = (self.norm_weight, *fused, *heads, self.q_norm, self.k_norm, self.eps)
 
+    def fused_arguments(self) -> tuple[Any, ...]:
+        """What comes before the rotation among the arguments of `cuda_layer.attention`."""
+        weights, formats, _ = _packed(self.projections)
+        return weights, formats, self.num_heads, self.head_dim, self.q_norm, self.k_norm, self.eps
+
     def forward(self, x: Tensor, cos_sin: Rotation, attend: Attend) -> Tensor:
         """x [num_tokens, hidden_size] -> x + attention(norm(x))."""
         cos, sin = cos_sin[0].squeeze(1), cos_sin[1].squeeze(1)
@@ -250,7 +255,7 @@ class QuantExperts(_Gathered):
         }
 
     def native_arguments(self) -> tuple[Any, ...]:
-        """The weights as `set_feed_forward` of the native network takes them."""
+        """The weights as `set_feed_forward` of the native network and `cuda_layer.feed_forward` take them."""
         return tuple(self._weights.values())
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:

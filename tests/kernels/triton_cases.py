@@ -5,6 +5,7 @@ where there is no CUDA device. The kernels are called directly; `ops` stays what
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from stepflash.engine.attend import PagedAttention
+from stepflash.engine.batch import build_batch
 from stepflash.engine.core import EngineConfig, EngineCore
+from stepflash.engine.cuda_forward import FusedForward, ModelForward
+from stepflash.engine.network import ModelNetwork
 from stepflash.kernels import cuda, cuda_layout, ops, reference
 from stepflash.kernels.formats import Format, unpack
+from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.load import load_model
 from stepflash.weights.quantized import PackedWeight
-from tests.engine.conftest import MICRO, drive, request
+from tests.engine.conftest import MICRO, drive, next_spans, request
 
 from .conftest import random_packed
 
@@ -418,6 +424,14 @@ def rearranged(model: torch.nn.Module) -> dict[int, Tensor]:
     return panels
 
 
+def core_of_ops(model: Step3p5ForCausalLM, config: EngineConfig) -> EngineCore:
+    """One that runs the model's modules, launch by launch, wherever it is."""
+    core = EngineCore(model, config)
+    core.runner.network = network = ModelNetwork(model, core.cache)
+    network._forward = ModelForward(model, core.cache)
+    return core
+
+
 @pytest.mark.slow
 def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests in one batch, in chunks, with drafts; every call is made twice, caches and all."""
@@ -455,8 +469,48 @@ def test_what_the_engine_asks_of_the_kernels(monkeypatch: pytest.MonkeyPatch) ->
         max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, kv_cache_bytes=1 << 20, block_size=8
     )
     requests = [request("long", list(range(3, 23)), max_tokens=3), request("short", [5, 9], max_tokens=2)]
-    drive(EngineCore(model, config), *requests)
+    drive(core_of_ops(model, config), *requests)
     assert min(calls.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype"), [("bf16", torch.bfloat16), ("int8", torch.int8), ("int4", torch.float32)]
+)
+def test_layers_in_few_launches(
+    monkeypatch: pytest.MonkeyPatch, quantization: str, kv_dtype: torch.dtype
+) -> None:
+    """Layers one by one against the separate ops, chunks and decoding; a sequence alone gets the same bits."""
+    for name in ("linear", "moe", "qkv_gate", "cached_attention"):
+        monkeypatch.setattr(ops, name, getattr(cuda, name))
+    model = load_model(MICRO, "float32", "cpu", progress=False, quantization=quantization)
+    rearranged(model)
+    options = {"max_num_seqs": 2, "max_model_len": 64, "block_size": 7, "kv_dtype": kv_dtype}
+    cores = [EngineCore(model, EngineConfig(**options)) for _ in range(3)]  # type: ignore[arg-type]
+    sequences = [[core.cache.open() for _ in range(2)] for core in cores]
+    done = [[0, 0] for _ in cores]
+    for lengths in ((9, 2), (1, 3)):
+        spans = [
+            next_spans(core, seqs, so_far, lengths, random.Random(1))
+            for core, seqs, so_far in zip(cores, sequences, done, strict=True)
+        ]
+        for layer in [layer for i, layer in enumerate(model.model.layers) if i in (0, 3, 4)]:
+            x = randn(sum(lengths), model.config.hidden_size)
+            batch = build_batch(cores[0].cache, spans[0])
+            with torch.inference_mode():
+                turn = model.rotation(layer.rope, batch.positions)
+                expected = layer(x, turn, PagedAttention(cores[0].cache, batch))
+                together, *alone = (
+                    FusedForward(model, core.cache).layers([layer], rows, build_batch(core.cache, some))
+                    for core, rows, some in (
+                        (cores[1], x, spans[1]),
+                        (cores[2], x[: lengths[0]], spans[2][:1]),
+                        (cores[2], x[lengths[0] :], spans[2][1:]),
+                    )
+                )
+            assert torch.equal(together, torch.cat(alone))
+            # Of tokens: where two experts nearly tie, another rounding of x may choose the other one.
+            errors = (together - expected).norm(dim=1) / (expected - x).norm(dim=1)
+            assert errors.median() < 1e-2
 
 
 @pytest.mark.slow
@@ -484,7 +538,7 @@ def test_tokens_differ_only_where_logits_nearly_tie(
         model = load_model(MICRO, "float32", "cpu", progress=False, quantization=quantization)
         if is_kernels:
             rearranged(model)
-        core = EngineCore(model, config)
+        core = core_of_ops(model, config)
         choose, logits_of = core.sampler.choose, {}
 
         def record(

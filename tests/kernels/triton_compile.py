@@ -18,8 +18,10 @@ from triton.compiler import ASTSource
 
 from stepflash.kernels import (
     cuda,
+    cuda_layer,
     cuda_layout,
     triton_attention,
+    triton_finish,
     triton_matmul,
     triton_norm,
     triton_router,
@@ -90,13 +92,44 @@ def packed(fmt: Format, n: int, k: int, experts: int = 0) -> torch.Tensor:
     )
 
 
+def compile_layer(
+    x: torch.Tensor,
+    fmt: Format,
+    heads: list[torch.Tensor],
+    experts: list[torch.Tensor],
+    shared: list[torch.Tensor],
+    router: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """A layer of experts and one without."""
+    num_tokens, norm, codes = x.shape[0], torch.zeros(4096), [int(fmt)] * 3
+    cache = [torch.zeros(4, 16, 8, 128, dtype=torch.bfloat16) for _ in range(2)]
+    lens, bounds = torch.ones(1, dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+    slots, table = torch.zeros(num_tokens, dtype=torch.long), torch.zeros(1, 64, dtype=torch.int32)
+    cached = cuda_layer.Cached(*cache, slots, table, lens, bounds, 0, 0.1, 0, None, None)
+    angle, head_norm = torch.zeros(num_tokens, 32), torch.zeros(128)
+    scaled = cuda_layer.times_gain(x, norm)
+    cuda_layer.attention(
+        x, scaled, heads, [*codes, 0], 64, 128, head_norm, head_norm, 1e-5, angle, angle, cached,
+        packed(fmt, 4096, 8192), int(fmt), norm,
+    )  # fmt: skip
+    if num_tokens <= 64:
+        cuda_layer.feed_forward(
+            x, scaled, 1e-5, *router, 8, 3.0, experts, codes, 288, 1280, 7.0, shared, codes, 1280, None, norm
+        )
+    wide = [packed(fmt, *shape) for shape in ((11264, 4096), (11264, 4096), (4096, 11264))]
+    cuda_layer.feed_forward(
+        x, scaled, 1e-5, None, None, 0, 1.0, [], [], 0, 0, None, wide, codes, 11264, None, norm
+    )
+
+
 def main(capability: int) -> None:
     seen: dict[str, str] = {}
     target = GPUTarget("cuda", capability, 32)
     kernels: list[tuple[ModuleType, list[str]]] = [
         (triton_attention, ["attend", "merge_splits", "write_slots"]),
-        (triton_norm, ["rms_norm", "norm_rope", "finish_heads"]),
-        (triton_matmul, ["matmul", "swiglu", "activate", "combine", "finish", "gated"]),
+        (triton_norm, ["rms_norm", "row_scales", "norm_rope", "finish_heads"]),
+        (triton_matmul, ["matmul", "swiglu"]),
+        (triton_finish, ["combine", "finish", "gated", "times_gain"]),
         (triton_sampling, ["best_of_chunk", "best_of_row"]),
         (triton_router, ["router_logits", "choose_experts", "group_rows"]),
     ]
@@ -134,6 +167,8 @@ def main(capability: int) -> None:
                 angle,
                 angle,
             )
+            if fmt in (Format.BF16, Format.INT4_G32):
+                compile_layer(x, fmt, heads, weights, shared, router)
             wide, gate = torch.zeros(num_tokens, 8192, dtype=torch.bfloat16), torch.zeros(num_tokens, 64)
             cuda.linear(wide, [packed(fmt, 4096, 8192)], [int(fmt)], [4096], gate=gate, residual=x)
     for heads, half, window in ((64, 32, 0), (96, 64, 512)):
