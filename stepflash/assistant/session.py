@@ -110,13 +110,13 @@ class Session:
             thinking, prefill, calls = NO_THOUGHT, calls.opening(), replace(calls, demanded=())
         text, cut_points, thinks = self.render(conversation, template_variables, thinking, prefill)
         grammar = self._grammar(tools, calls, answer_format, thinks)
-        token_ids, cut_points = self.tokenizer.encode_with_cuts(text, cut_points)
+        token_ids, cut_points = self.tokenizer.encode_with_cuts(
+            text, cut_points, limit=self.max_context_tokens
+        )
         request = self._request(token_ids, sampling, cut_points)
         task = None
         if thinks and thinking.task_tokens is not None:
-            task = self.ledger.task(
-                conversation.messages, lambda thought: len(self.tokenizer.encode(thought))
-            )
+            task = self.ledger.task(conversation.messages, self.tokenizer.count)
         limit = self._thought_limit(thinking, task.num_thought_tokens if task else 0) if thinks else None
         return Prompt(
             request=self._with(request, limit, grammar),
@@ -182,7 +182,7 @@ class Session:
             RequestError: the template refuses the conversation.
         """
         prompt = self.render(conversation, template_variables, thinking, prefill)
-        return len(self.tokenizer.encode(prompt.text))
+        return self.tokenizer.count(prompt.text)
 
     def render(
         self,
@@ -216,7 +216,7 @@ class Session:
             RequestError: the prompt is empty or holds an id that the model does not have.
         """
         if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(prompt, limit=self.max_context_tokens)
             bos = self.tokenizer.bos_token_id
             if bos is not None and token_ids[:1] != [bos]:
                 token_ids = [bos, *token_ids]

@@ -15,7 +15,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,17 @@ import tokenizers
 
 from stepflash.chat.checkpoint_files import is_gguf, read_json_object, require_checkpoint
 from stepflash.chat.gguf_tokenizer import backend_from_gguf, special_ids_from_gguf
-from stepflash.errors import ConfigError, WeightsError
+from stepflash.errors import ConfigError, PromptTooLong, WeightsError
 from stepflash.gguf_file import read_gguf
 
 BOS_TEXT = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"  # the released model's bos, id 0
 TURN_END_TEXT = "<|im_end|>"
+
+# The library needs hundreds of bytes for each token while it encodes, so long texts are counted in pieces. For a limit
+# of tokens a text is long if it has more characters than so many for each.
+PIECE_CHARS = 1 << 16
+LONG_TEXT_CHARS = 1 << 20
+CHARS_PER_TOKEN = 8
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # as long in UTF-8 as its replacement: 3 bytes
 
@@ -123,21 +129,41 @@ class Tokenizer:
         """The id of the token whose text is exactly `text`, or None."""
         return self._ids.get(text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
         """Token ids of `text`. Special tokens written in the text become their ids; no bos is added.
 
         Lone surrogates, which JSON can carry and UTF-8 cannot, count as U+FFFD.
+
+        Raises:
+            PromptTooLong: the text is long and has far more than `limit` tokens, of which not all were counted.
         """
+        if limit is not None and len(text) > CHARS_PER_TOKEN * limit:
+            num_tokens = 0
+            for piece in _pieces(text):
+                num_tokens += len(self.encode(piece))
+                # A cut may add some tokens to those of the whole.
+                if num_tokens > limit + limit // 8 + 1024:
+                    raise PromptTooLong(num_tokens, limit)
         text = _LONE_SURROGATE.sub("\ufffd", text)
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        # A batch of one, because other threads run meanwhile; they wait for `backend.encode`.
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
-    def encode_with_cuts(self, text: str, cut_points: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+    def count(self, text: str) -> int:
+        """How many tokens `text` has. A long one is counted in pieces, perhaps some tokens too many for each."""
+        if len(text) <= LONG_TEXT_CHARS:
+            return len(self.encode(text))
+        return sum(len(self.encode(piece)) for piece in _pieces(text))
+
+    def encode_with_cuts(
+        self, text: str, cut_points: Sequence[int], *, limit: int | None = None
+    ) -> tuple[list[int], tuple[int, ...]]:
         """Encode `text` and translate its character offsets `cut_points` into token counts.
 
-        A cut point that falls inside a token is dropped: no token prefix ends there.
+        A cut point that falls inside a token is dropped: no token prefix ends there. Raises what `encode` raises.
         """
-        token_ids = self.encode(text)
+        token_ids = self.encode(text, limit=limit)
         lengths = [0, *itertools.accumulate(len(self._bytes[token_id]) for token_id in token_ids)]
         num_tokens_at = {num_bytes: num_tokens for num_tokens, num_bytes in enumerate(lengths)}
         cuts = []
@@ -168,6 +194,10 @@ class Tokenizer:
                 f"the tokenizer has {self.vocab_size} tokens but config.json says vocab_size={config_vocab_size}; "
                 "tokenizer.json and config.json belong to different models"
             )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[begin : begin + PIECE_CHARS] for begin in range(0, len(text), PIECE_CHARS))
 
 
 class Detokenizer:

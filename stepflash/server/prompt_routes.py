@@ -16,6 +16,9 @@ from stepflash.server.body import Body, Refusal
 from stepflash.server.service import Service
 from stepflash.server.thinking_fields import turns_thinking_off
 
+# Longer texts are refused by `/tokenize`: nobody can send them, and encoding takes memory.
+MAX_CONTEXTS = 4
+
 
 class PromptBody(Body):
     """A text, or a conversation to render; `prompt` is vLLM's name for `content`."""
@@ -63,7 +66,8 @@ class PromptRoutes:
         tokenizer, text = self.session.tokenizer, text_of(body)
 
         def encode() -> list[int]:
-            token_ids = tokenizer.encode(self._prompt(body) if text is None else text)
+            limit = MAX_CONTEXTS * self.session.max_context_tokens
+            token_ids = tokenizer.encode(self._prompt(body) if text is None else text, limit=limit)
             bos, adds_bos = tokenizer.bos_token_id, body.add_special or body.add_special_tokens
             if text is None or not adds_bos or bos is None or token_ids[:1] == [bos]:
                 return token_ids

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepflash.chat.tokenizer import Tokenizer
-from stepflash.errors import ConfigError, WeightsError
+from stepflash.chat.tokenizer import LONG_TEXT_CHARS, PIECE_CHARS, Tokenizer
+from stepflash.errors import ConfigError, PromptTooLong, WeightsError
 from stepflash.gguf_file import read_gguf, write_gguf
+from stepflash.weights.hub import resolve_model
 
 MICRO = Path(__file__).parents[1] / "fixtures" / "micro"
 
@@ -45,6 +48,11 @@ def library(step_folder: Path) -> tokenizers.Tokenizer:
 @pytest.fixture(scope="module")
 def gguf(step_gguf: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(step_gguf)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Tokenizer:
+    return Tokenizer.from_pretrained(resolve_model("nano"))
 
 
 def test_special_tokens_are_found_by_text(step: Tokenizer, library: tokenizers.Tokenizer) -> None:
@@ -211,3 +219,38 @@ def test_missing_and_damaged_files_are_named(step_folder: Path, tmp_path: Path) 
         with pytest.raises(ConfigError, match=message) as caught:
             Tokenizer.from_pretrained(tmp_path / "m")
         assert "tokenizer.json" in str(caught.value)
+
+
+# Texts that are far too long
+
+
+def test_a_hopeless_text_is_given_up_before_it_is_encoded(nano: Tokenizer) -> None:
+    limit = 1000
+    hopeless = "word " * 400_000
+    with pytest.raises(PromptTooLong) as error:
+        nano.encode(hopeless, limit=limit)
+    assert limit < error.value.num_tokens < 50_000
+    # What might fit is encoded in full, whatever the limit: only the engine's own count refuses it.
+    blanks = " " * 400_000
+    assert nano.encode(blanks, limit=limit) == nano.encode(blanks)
+    short = "word " * limit
+    assert nano.encode(short, limit=limit) == nano.encode(short)
+
+
+def test_long_texts_are_counted_in_pieces(nano: Tokenizer) -> None:
+    text = "A line of a long text, 17 words or so.\n" * 30_000
+    assert len(text) > LONG_TEXT_CHARS
+    exact, pieces = len(nano.encode(text)), -(-len(text) // PIECE_CHARS)
+    assert exact <= nano.count(text) <= exact + 3 * pieces
+    assert nano.count(text[:1000]) == len(nano.encode(text[:1000]))
+
+
+def test_other_threads_run_while_a_text_is_encoded(nano: Tokenizer) -> None:
+    """Whoever holds the interpreter's lock for seconds holds up every stream of a server."""
+    ticks = 0
+    thread = threading.Thread(target=nano.encode, args=("some words " * 60_000,))
+    thread.start()
+    while thread.is_alive():
+        ticks += 1
+        time.sleep(0.001)
+    assert ticks > 10
