@@ -29,8 +29,8 @@ from stepflash.gguf_file import read_gguf
 BOS_TEXT = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"  # the released model's bos, id 0
 TURN_END_TEXT = "<|im_end|>"
 
-# The library needs hundreds of bytes for each token while it encodes, so long texts are counted in pieces. For a limit
-# of tokens a text is long if it has more characters than so many for each.
+# The library needs hundreds of bytes for each token while it encodes, so long texts are counted in pieces. For a
+# limit of tokens a text is long if it has more characters than so many for each.
 PIECE_CHARS = 1 << 16
 LONG_TEXT_CHARS = 1 << 20
 CHARS_PER_TOKEN = 8

@@ -17,7 +17,7 @@ from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
 from stepflash.server.answer_request import AnswerBody, AnswerRequest, shared_fields
 from stepflash.server.anthropic_messages import messages_from_anthropic, tools_from_anthropic
-from stepflash.server.body import Refusal
+from stepflash.server.body import Items, Refusal
 from stepflash.server.sampling_fields import SamplingBody, sampling_params, stop_strings
 from stepflash.server.structured_output import read_format
 from stepflash.server.thinking_fields import read_thinking
@@ -61,12 +61,12 @@ class MessagesBody(AnswerBody):
         "workspace_id",
     }
 
-    messages: list[dict[str, Any]]
+    messages: Items[dict[str, Any]]
     max_tokens: int
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    system: str | Items[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
     output_config: dict[str, Any] | None = None
     output_format: Any = None
     context_management: dict[str, Any] | None = None

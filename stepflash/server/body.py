@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from stepflash.errors import RequestError
+
+T = TypeVar("T")
+# A list whose first wrong item is told, not the gigabytes of errors that a large body can hold.
+Items = Annotated[list[T], Field(fail_fast=True)]
 
 _NOTHING: tuple[Any, ...] = (None, False, [])
 

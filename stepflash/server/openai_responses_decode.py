@@ -15,7 +15,7 @@ from stepflash.chat.tool_grammar import FREE_CALLS, CallRules
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
 from stepflash.server.answer_request import AnswerBody, AnswerRequest, shared_fields
-from stepflash.server.body import Refusal
+from stepflash.server.body import Items, Refusal
 from stepflash.server.openai_responses_items import messages_from_items
 from stepflash.server.openai_responses_tools import Toolbox, read_tools
 from stepflash.server.openai_schema import NO_PREWARM, OPENAI_IGNORED
@@ -68,13 +68,13 @@ class ResponsesBody(AnswerBody):
         }
     ) - {"metadata"}
 
-    input: str | list[dict[str, Any]]
+    input: str | Items[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
     top_logprobs: int | None = None
-    include: list[str] | None = None
-    stop: str | list[str] | None = None
-    tools: list[dict[str, Any]] | None = None
+    include: Items[str] | None = None
+    stop: str | Items[str] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from stepflash.errors import RequestError
 from stepflash.server.answer_request import AnswerBody
-from stepflash.server.body import Body, Refusal
+from stepflash.server.body import Body, Items, Refusal
 from stepflash.server.sampling_fields import MAX_CHOICES, SamplingBody
 from stepflash.server.structured_output import FormatBody
 
@@ -45,7 +45,7 @@ class CompletionsBody(SamplingBody):
     stream_options: StreamOptionsBody | None = None
     n: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
 
 
 class ChatBody(CompletionsBody, AnswerBody):
@@ -75,11 +75,11 @@ class ChatBody(CompletionsBody, AnswerBody):
     }
     ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | OPENAI_IGNORED | {"store", "prediction"}
 
-    messages: list[dict[str, Any]]
+    messages: Items[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -100,7 +100,7 @@ class CompletionBody(CompletionsBody, FormatBody):
     }
     ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | {"user"}
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None

@@ -12,7 +12,7 @@ from stepflash.assistant.budget import NO_THOUGHT, Thinking
 from stepflash.chat.messages import Conversation
 from stepflash.chat.openai_messages import messages_from_openai, tools_from_openai
 from stepflash.errors import RequestError
-from stepflash.server.body import Body, Refusal
+from stepflash.server.body import Body, Items, Refusal
 from stepflash.server.service import Service
 from stepflash.server.thinking_fields import turns_thinking_off
 
@@ -35,8 +35,8 @@ class PromptBody(Body):
     prompt: str | None = None
     add_special: bool | None = None
     add_special_tokens: bool | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     with_pieces: bool | None = None
 
@@ -45,7 +45,7 @@ class TokensBody(Body):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]
 
 
 class PromptRoutes:

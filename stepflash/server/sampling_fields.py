@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError
-from stepflash.server.body import Refusal
+from stepflash.server.body import Items, Refusal
 from stepflash.server.scheduling_fields import SchedulingBody
 
 MAX_CHOICES = 16
@@ -70,9 +70,9 @@ class SamplingBody(SchedulingBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     draft_depth: int | None = None
 
@@ -132,11 +132,14 @@ def stop_strings(param: str, stop: str | list[str] | None) -> tuple[str, tuple[s
     return param, strings
 
 
-def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
+def _logit_bias(bias: Mapping[str, Any]) -> dict[int, float]:
     result = {}
     for token, value in bias.items():
         if not token.isascii() or not token.isdigit() or len(token) > 9:
             raise RequestError(f"logit_bias: {token[:40]!r} is not a token id", param="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            name = f"logit_bias.{token}"
+            raise RequestError(f"{name}: input should be a valid number", param=name)
         if not -100.0 <= value <= 100.0:
             raise RequestError(f"logit_bias: {value} is not between -100 and 100", param="logit_bias")
         result[int(token)] = value

@@ -81,7 +81,7 @@ class Service:
         """
         body = await self.read(request, body_type)
         self.check_model(body.model)
-        asked = decode(body, self.defaults)
+        asked = await self.prepared(lambda: decode(body, self.defaults))
 
         def prepare() -> Prompt:
             return self.session.prepare(

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepflash.chat.answer_format import JSON_OBJECT, AnswerFormat
 from stepflash.errors import RequestError
-from stepflash.server.body import Body
+from stepflash.server.body import Body, Items
 
 
 class FormatBody(Body):
@@ -22,7 +22,7 @@ class FormatBody(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from stepflash.server.body import Body
 from stepflash.server.openapi import BODIES
 from tests.scripted_engine import END, scripted_session
 from tests.server.in_process import Client, client_of
@@ -349,3 +351,20 @@ def test_a_body_in_pieces_is_read_and_a_large_one_is_stopped(client: Client, pat
 
 def _request(client: Client, method: str, path: str) -> httpx.Response:
     return asyncio.run(client._request(method, path))
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_of_many_wrong_items_only_the_first_is_told(path: str) -> None:
+    """pydantic would make an error of hundreds of bytes for each, which from a large body are gigabytes."""
+    for field in BODIES[path].model_fields:
+        for wrong in ([1.5] * 1000, [[1.5] * 1000], {str(i): [] for i in range(1000)}):
+            # One for each member of a union, and one for each other field that is missing.
+            assert num_errors(BODIES[path], {field: wrong}) <= 8, field
+
+
+def num_errors(body_type: type[Body], values: dict[str, Any]) -> int:
+    try:
+        body_type.model_validate(values)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
