@@ -54,7 +54,7 @@ class AnthropicRoutes:
         """Renders and encodes; the engine is not asked, so a full queue does not matter."""
         body = await self.service.read(request, CountTokensBody)
         self.service.check_model(body.model)
-        asked = decode(body, self.service.defaults)
+        asked = await self.service.prepared(lambda: decode(body, self.service.defaults))
 
         def count() -> int:
             return self.session.num_prompt_tokens(
