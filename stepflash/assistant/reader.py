@@ -250,8 +250,9 @@ class AnswerReader:
     def _filter(self, event: Event, reason: FinishReason) -> Iterator[Event]:
         if isinstance(event, ContentDelta):
             # A part may be given text that could have become a tag. Stop strings are looked for in what is new.
-            num_given = max(0, len(self._prompt.prefill) - (event.end - len(event.text)))
-            text, found = self._stop.push(event.text[num_given:])
+            begin, num_given = event.end - len(event.text), len(self._prompt.prefill)
+            new = event.text[num_given - begin :] if begin < num_given else event.text
+            text, found = self._stop.push(new)
             self._content_end = event.end
             if text:
                 yield ContentDelta(text, event.end - self._stop.num_unshown)
