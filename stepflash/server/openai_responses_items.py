@@ -7,6 +7,7 @@ are put together again, as the model wrote them; ids are never rendered, since t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ _TEXT_PARTS = {
     "summary_text": "text",
     "refusal": "refusal",
 }
+MAX_LISTED = 100
 _MEDIA_PARTS = ("input_image", "input_file", "input_audio")
 
 
@@ -51,7 +53,36 @@ def messages_from_items(
     return tuple(reader.messages)
 
 
-def listed_item(item: Mapping[str, Any], index: int) -> dict[str, Any]:
+def listed_items(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of stored items: `limit` of them in `order`, those behind the one whose id is `after`.
+
+    Raises:
+        RequestError: one of these is wrong.
+    """
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise RequestError(f"order must be asc or desc, got {order[:80]!r}", param="order")
+    if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= MAX_LISTED:
+        raise RequestError(f"limit must be between 1 and {MAX_LISTED}, got {limit[:80]!r}", param="limit")
+    listed = [_listed(item, index) for index, item in enumerate(items)]
+    if order == "desc":
+        listed.reverse()
+    if after is not None:
+        ids = [item["id"] for item in listed]
+        if after not in ids:
+            raise RequestError(f"after: there is no item {after[:80]!r}", param="after")
+        listed = listed[ids.index(after) + 1 :]
+    page = listed[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(page) < len(listed),
+    }
+
+
+def _listed(item: Mapping[str, Any], index: int) -> dict[str, Any]:
     """A stored item as lists of items show it: with an id and a status, and text in parts."""
     listed = {"type": "message", "status": "completed", **item, "id": item.get("id") or f"item_{index}"}
     if listed["type"] == "message":

@@ -18,7 +18,7 @@ from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError, StepflashError
 from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
 from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
-from stepflash.server.openai_responses_items import listed_item
+from stepflash.server.openai_responses_items import listed_items
 from stepflash.server.openai_responses_store import ResponseStore, StoredResponse, not_found
 from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
@@ -111,11 +111,8 @@ class ResponsesRoutes:
         self.session.engine.abort(running.engine_request_id)
         return JSONResponse(running.encoder.response("cancelled"))
 
-    async def input_items(self, response_id: str) -> Response:
-        items = self._stored(response_id).items
-        data = [listed_item(item, index) for index, item in enumerate(items)]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return JSONResponse({"object": "list", "data": data, **ends, "has_more": False})
+    async def input_items(self, request: Request, response_id: str) -> Response:
+        return JSONResponse(listed_items(self._stored(response_id).items, request.query_params))
 
     async def _batches(
         self,

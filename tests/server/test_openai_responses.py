@@ -301,12 +301,38 @@ def test_a_stored_response_can_be_read_continued_and_deleted() -> None:
     assert client.get(path).json() == first
     second = client.post("/v1/responses", json={"input": "and?", "previous_response_id": first["id"]}).json()
     assert second["previous_response_id"] == first["id"]
-    items = client.get(f"/v1/responses/{second['id']}/input_items").json()["data"]
+    items = client.get(f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
     assert [item["type"] for item in items] == ["message", "reasoning", "message", "message"]
     assert client.post(f"{path}/cancel").status_code == 400
     assert client.delete(path).json()["deleted"] is True
     for response in (client.get(path), client.delete(path), client.post(f"{path}/cancel")):
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_input_items_are_listed_in_pages() -> None:
+    client = client_of(scripted_session(ANSWER))
+    items = [{"role": "user", "content": f"message {number}"} for number in range(25)]
+    stored = client.post("/v1/responses", json={"input": items}).json()
+
+    def page(**query: Any) -> Any:
+        response = client.get(f"/v1/responses/{stored['id']}/input_items", params=query)
+        return response.json() if response.status_code == 200 else response.json()["error"]["param"]
+
+    def numbers(listed: Any) -> list[int]:
+        return [int(item["content"][0]["text"].split()[1]) for item in listed["data"]]
+
+    first = page()
+    assert (numbers(first), first["has_more"]) == (list(range(24, 4, -1)), True)
+    rest = page(after=first["last_id"])
+    assert (numbers(rest), rest["has_more"]) == ([4, 3, 2, 1, 0], False)
+    assert numbers(page(order="asc", limit=2, after=rest["last_id"])) == [1, 2]
+    assert page(after=rest["last_id"])["data"] == []
+    assert [page(order="up"), page(limit=0), page(limit="x"), page(after="nobody")] == [
+        "order",
+        "limit",
+        "limit",
+        "after",
+    ]
 
 
 def test_a_response_is_its_own_key_s() -> None:
