@@ -251,6 +251,7 @@ class AheadPasses:
 
     def _send(self, spans: Sequence[Span], layout: _Layout) -> int:
         """Fill the buffers for these spans; returns the tables' width."""
+        self._staged.wait()
         per_token, last, lengths, num_words = _views(self._staged.host, layout.sizes)
         words, cache, count = per_token.numpy(), self._cache, layout.counts[0]
         if self._sent is not layout:

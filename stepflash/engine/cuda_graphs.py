@@ -32,7 +32,7 @@ from stepflash.engine.cuda_replay import (
     size_for,
 )
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import Drafts, ModelNetwork, Pass
+from stepflash.engine.network import Drafts, Greedy, ModelNetwork, Pass
 from stepflash.kernels import ops
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -113,9 +113,11 @@ class GraphNetwork:
             return None
         # The engine keeps rows of it for later passes.
         hidden_states = self._hidden_states[:num_tokens].clone()
-        best = self._best.cpu()[:, : len(rows)]
-        greedy = best[0].tolist(), best[1].view(torch.float32).tolist()
-        return Pass(hidden_states, self._logits[: len(rows)], greedy)
+        return Pass(hidden_states, self._logits[: len(rows)], partial(self._greedy, len(rows)))
+
+    def _greedy(self, num_rows: int) -> Greedy:
+        best = self._best.cpu()[:, :num_rows]
+        return best[0].tolist(), best[1].view(torch.float32).tolist()
 
     def _compute(self, module: int, size: int, width: int) -> None:
         """The pass, from buffers to buffers. It depends on nothing else, and waits for nothing."""
@@ -148,6 +150,7 @@ class GraphNetwork:
         num_slots = max(contexts)
         contexts += [spans[0].start + 1] * missing + [0] * no_seqs
         tokens = self._tokens[size]
+        self._staged.wait()
         tokens.host[0][:] = [*per_token, [*rows, *[0] * (size - len(rows))]]
         tokens.host[1][:], tokens.host[2][:] = bounds, contexts
         self._staged.send(tokens.num_words)

@@ -42,12 +42,19 @@ class Staged:
     """int32 words that the host writes, and their copy on the device."""
 
     def __init__(self, num_words: int, device: torch.device) -> None:
-        # NOTE: the host may write again as soon as the last pass is over; every pass ends with reading its tokens.
         self.host = torch.zeros(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.device = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Before the host writes again: what it sent last must be there."""
+        if self._sent is not None:
+            self._sent.synchronize()
 
     def send(self, num_words: int) -> None:
         self.device[:num_words].copy_(self.host[:num_words], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
 
 class Tables:
@@ -73,6 +80,7 @@ class Tables:
         if self._held[:2] == (width, held) and self._held[2] >= num_rows:
             return width
         num_words = num_rows * 2 * width
+        self._staged.wait()
         tables = self._staged.host[:num_words].view(num_rows, 2, width).numpy()
         rows = [blocks.row for blocks in sequences]
         rows += rows[:1] * (num_rows - len(rows))

@@ -7,7 +7,7 @@ would cost more than the operations. Both give a token the same result whatever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
@@ -22,17 +22,28 @@ from stepflash.model.config import RopeConfig
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.quantized import QuantDecoderLayer, QuantLinear, QuantMTPLayer
 
+Greedy = tuple[list[int], list[float]]
 
-@dataclass(frozen=True, slots=True)
+
 class Pass:
-    """hidden_states [num_tokens, hidden_size] before the final norm; logits [num_rows, vocab_size] float32.
+    """hidden_states [num_tokens, hidden_size] before the final norm; logits [num_rows, vocab_size] float32."""
 
-    `greedy`: each row's best token below the vocabulary limit and its logit, where they come for free.
-    """
+    __slots__ = ("_greedy", "hidden_states", "logits")
 
-    hidden_states: Tensor
-    logits: Tensor
-    greedy: tuple[list[int], list[float]] | None = None
+    def __init__(
+        self, hidden_states: Tensor, logits: Tensor, greedy: Greedy | Callable[[], Greedy] | None = None
+    ) -> None:
+        self.hidden_states, self.logits, self._greedy = hidden_states, logits, greedy
+
+    @property
+    def greedy(self) -> Greedy | None:
+        """Each row's best token below the vocabulary limit and its logit, where they come for free.
+
+        To be asked for before the next pass; on a GPU this waits for the pass.
+        """
+        if callable(self._greedy):
+            self._greedy = self._greedy()
+        return self._greedy
 
 
 # Of a pass that has no logits to show.

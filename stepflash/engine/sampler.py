@@ -131,31 +131,29 @@ class Sampler:
             return _choice(raw, rows, *greedy)
         if not sampled:
             best, chosen = logits.max(dim=-1)
-        else:
-            # The largest logit of a row tells whether the row is usable; noise must not hide that.
-            best = logits.amax(dim=-1)
-            chosen = (
-                self._sample(logits, rows)
-                if len(sampled) == len(rows)
-                else self._choose_mixed(logits, rows, sampled)
-            )
-        if not logits.is_cuda:
-            return _choice(raw, rows, chosen.tolist(), best.tolist())
-        # Each transfer waits for the device: one for both.
-        ids, values = torch.stack((chosen.double(), best.double())).tolist()
-        return _choice(raw, rows, [int(i) for i in ids], values)
+            return _choice(raw, rows, *_on_host(chosen, best, None)[:2])
+        # The largest logit of a row tells whether the row is usable; noise must not hide that.
+        best = logits.amax(dim=-1)
+        for guess in (NUCLEUS_GUESS, self.vocab_limit):
+            chosen, is_enough = self._sample(logits, rows, sampled, guess)
+            token_ids, values, is_found = _on_host(chosen, best, is_enough)
+            if is_found:
+                break
+        return _choice(raw, rows, token_ids, values)
 
-    def _choose_mixed(self, logits: Tensor, rows: Sequence[Row], sampled: list[int]) -> Tensor:
-        chosen = logits.argmax(dim=-1)
-        index = to_device(torch.tensor(sampled), logits.device)
-        chosen[index] = self._sample(logits[index], [rows[i] for i in sampled])
-        return chosen
-
-    def _sample(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def _sample(
+        self, logits: Tensor, rows: Sequence[Row], sampled: list[int], guess: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the rows choose, those `sampled` with noise; and whether `guess` was enough (see `_filtered`)."""
+        if len(sampled) < len(rows):
+            index = to_device(torch.tensor(sampled), logits.device)
+            some = [rows[i] for i in sampled]
+            tokens, is_enough = self._sample(logits[index], some, list(range(len(some))), guess)
+            return logits.argmax(dim=-1).index_copy(0, index, tokens), is_enough
         params = [row.state.params for row in rows]
         temperatures = to_device(torch.tensor([p.temperature for p in params]), logits.device)
-        scaled = filter_logits(logits / temperatures[:, None], params)
-        return (scaled + self._noise(rows)).argmax(dim=-1)
+        scaled, is_enough = _filtered(logits / temperatures[:, None], params, guess)
+        return (scaled + self._noise(rows)).argmax(dim=-1), is_enough
 
     def _noise(self, rows: Sequence[Row]) -> Tensor:
         """`gumbel`, computed once per request and position."""
@@ -193,6 +191,20 @@ class Sampler:
         return -exponential.log()
 
 
+def are_greedy(rows: Sequence[Row]) -> bool:
+    """Whether every row takes the largest logit as the model gives it."""
+    return all(row.allowed is None and row.state.is_greedy for row in rows)
+
+
+def _on_host(chosen: Tensor, best: Tensor, is_enough: Tensor | None) -> tuple[list[int], list[float], bool]:
+    """Each transfer waits for the device: one for all."""
+    if not chosen.is_cuda:
+        return chosen.tolist(), best.tolist(), is_enough is None or bool(is_enough)
+    flag = torch.ones_like(best) if is_enough is None else is_enough.expand_as(best)
+    ids, values, flags = torch.stack((chosen.double(), best.double(), flag.double())).tolist()
+    return [int(i) for i in ids], values, bool(flags[0])
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """What the host has, on the device; the host does not wait for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
@@ -203,6 +215,16 @@ def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     Ties at a threshold stay. The most likely token always stays.
     """
+    filtered, is_enough = _filtered(scaled, params, NUCLEUS_GUESS)
+    return (
+        filtered if is_enough is None or bool(is_enough) else _filtered(scaled, params, scaled.shape[-1])[0]
+    )
+
+
+def _filtered(scaled: Tensor, params: Sequence[SamplingParams], guess: int) -> tuple[Tensor, Tensor | None]:
+    """`filter_logits`, should every nucleus be among the first `guess` tokens; and a bool whether they are, if it is
+    in question. Sorting a whole vocabulary costs more than a layer, and nothing waits for the device here."""
+    is_enough = None
     vocab = scaled.shape[-1]
     device = scaled.device
     top_k = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
@@ -214,28 +236,23 @@ def filter_logits(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         scaled = scaled.masked_fill((scaled < threshold) & ~off, float("-inf"))
     if any(p.top_p < 1.0 for p in params):
         top_p = to_device(torch.tensor([p.top_p for p in params]), device)[:, None]
-        threshold = _nucleus_threshold(scaled, top_p)
+        threshold, is_enough = _nucleus_threshold(scaled, top_p, min(guess, vocab))
         scaled = scaled.masked_fill((scaled < threshold) & (top_p < 1.0), float("-inf"))
     if any(p.min_p > 0.0 for p in params):
         min_p = to_device(torch.tensor([p.min_p for p in params]), device)[:, None]
         scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + min_p.log(), float("-inf"))
-    return scaled
+    return scaled, is_enough
 
 
-def _nucleus_threshold(scaled: Tensor, top_p: Tensor) -> Tensor:
-    """The least likely logit of the smallest set with mass top_p: [num_rows, 1]."""
-    vocab = scaled.shape[-1]
-    total = scaled.logsumexp(-1, keepdim=True)
-    # Sorting a whole vocabulary costs more than a layer; the nucleus nearly always is in the first tokens.
-    for count in (min(NUCLEUS_GUESS, vocab), vocab):
-        values = scaled.topk(count, dim=-1).values
-        probabilities = (values - total).exp()
-        mass = probabilities.cumsum(-1)
-        if count == vocab or bool(((mass[:, -1:] >= top_p) | (top_p >= 1.0)).all()):
-            break
+def _nucleus_threshold(scaled: Tensor, top_p: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """The least likely logit of the smallest set with mass top_p, [num_rows, 1], if it is among the first `count`."""
+    values = scaled.topk(count, dim=-1).values
+    probabilities = (values - scaled.logsumexp(-1, keepdim=True)).exp()
+    mass = probabilities.cumsum(-1)
     before = mass - probabilities  # mass of everything more likely
     size = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
-    return values.gather(-1, size - 1)
+    is_enough = None if count == scaled.shape[-1] else ((mass[:, -1:] >= top_p) | (top_p >= 1.0)).all()
+    return values.gather(-1, size - 1), is_enough
 
 
 def _choice(raw: Tensor, rows: Sequence[Row], token_ids: list[int], best: list[float]) -> Choice:

@@ -359,3 +359,16 @@ def test_biased_requests_read_the_logits() -> None:
         )
         found.append({name: entry.token_ids for name, entry in drive(core, *asked).items()})
     assert found[0] == found[1]
+
+
+def test_only_greedy_passes_are_read_before_their_tokens_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads waits for the device; sampling is to be on its way before."""
+    core = new_core("int4")
+    core.runner.network = graph_network(core)
+    reads, read = [], GraphNetwork._greedy
+    monkeypatch.setattr(GraphNetwork, "_greedy", lambda *args: reads.append(args) or read(*args))
+    sampled = {"max_tokens": 4, "temperature": 0.8, "top_p": 0.9, "draft_depth": 2, "seed": 1}
+    drive(core, request("sampled", [3, 4, 5], **sampled))
+    assert not reads
+    drive(core, request("greedy", [3, 4, 5], max_tokens=4, draft_depth=0))
+    assert reads
