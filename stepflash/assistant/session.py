@@ -293,11 +293,12 @@ class Session:
         room = self.max_context_tokens - len(token_ids)
         if room < 1:
             raise PromptTooLong(len(token_ids), self.max_context_tokens)
-        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if sampling.max_tokens is None or sampling.max_tokens > room:
+            sampling = replace(sampling, max_tokens=room)
         return Request(
             request_id=new_request_id(),
             prompt_token_ids=tuple(token_ids),
-            sampling=replace(sampling, max_tokens=max_tokens),
+            sampling=sampling,
             cut_points=cut_points,
         )
 

@@ -3,7 +3,9 @@
 What is put in while a delivery is on its way goes with it, and deliveries are some milliseconds apart: a small model
 that makes a thousand steps a second neither wakes the loop nor has its clients written to for each of them. With many
 streams a delivery is work for the loop, and a small model loses the time: deliveries are then so far apart that they
-take a twentieth of it. Where steps take longer, each is delivered at once; so is the first and the last of a stream.
+take a fortieth of it, within limits that depend on how many steps go together: nobody reads along with a stream that
+brings so much text in a tenth of a second. Where steps take longer, each is delivered at once; so is the first and
+the last of a stream.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from stepflash.engine.request import Output
 
 MIN_SECONDS, MAX_SECONDS = 0.01, 0.05  # between deliveries
-WORK_SHARE = 0.05
+MANY_STEPS, MANY_SECONDS = 16, 0.1  # so far apart may they be where so many steps go together
+WORK_SHARE = 0.025
 
 _NO_DELIVERY, _SOON, _AT_ONCE = range(3)
 
@@ -96,7 +99,7 @@ class Outbox:
         for stream, items in held.items():
             _hand_over(stream, items)
         # Behind all tasks that have been woken.
-        self._loop.call_soon(self._note_work, any(len(items) > 1 for items in held.values()))
+        self._loop.call_soon(self._note_work, max(map(len, held.values())))
 
     def _take(self) -> set[Stream]:
         """Sort what was put in by streams; those for which something is urgent."""
@@ -109,12 +112,14 @@ class Outbox:
                     urgent.add(stream)
         return urgent
 
-    def _note_work(self, has_joined: bool) -> None:
+    def _note_work(self, num_steps: int) -> None:
+        """After a delivery, of so many steps for one stream at most."""
         now = self._loop.time()
         seconds = (now - self._delivered_at) / WORK_SHARE
+        longest = MANY_SECONDS if num_steps >= MANY_STEPS else MAX_SECONDS
         # The mean, because anything may have come between.
-        self._interval = min(MAX_SECONDS, max(MIN_SECONDS, (self._interval + seconds) / 2))
-        if has_joined and self._timer is None:
+        self._interval = min(longest, max(MIN_SECONDS, (self._interval + seconds) / 2))
+        if num_steps > 1 and self._timer is None:
             # There will be something to deliver by then; the engine thread need not wake the loop for it.
             self._timer = self._loop.call_later(self._delivered_at + self._interval - now, self._deliver)
             self._asked = _SOON

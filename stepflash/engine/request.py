@@ -95,7 +95,7 @@ class SamplingParams:
     def _convert(self, name: str, to: Callable[[Any], Any], kind: type, what: str) -> None:
         """Take other libraries' numbers as Python's, and nothing that is none."""
         value = getattr(self, name)
-        if value is None and name in ("max_tokens", "seed", "logprobs", "draft_depth"):
+        if type(value) is to or (value is None and name in ("max_tokens", "seed", "logprobs", "draft_depth")):
             return
         if not _is_a(value, kind):
             raise RequestError(f"{name} must be {what}, got {value!r}", param=name)

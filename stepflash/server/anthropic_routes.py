@@ -15,6 +15,7 @@ from stepflash.errors import StepflashError
 from stepflash.server.anthropic_decode import CountTokensBody, MessagesBody, decode
 from stepflash.server.anthropic_encode import PING, MessageEncoder, MessageHead, fold_message
 from stepflash.server.anthropic_errors import describe
+from stepflash.server.direct_route import add_direct_route
 from stepflash.server.service import Service
 from stepflash.server.sse import KeepAlive, frame
 
@@ -29,7 +30,7 @@ class AnthropicRoutes:
         self.session = service.session
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/messages", self.messages, methods=["POST"], response_model=None)
+        add_direct_route(app, "/v1/messages", self.messages)
         app.add_api_route(
             "/v1/messages/count_tokens", self.count_tokens, methods=["POST"], response_model=None
         )

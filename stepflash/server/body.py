@@ -9,6 +9,7 @@ two with each other and with the official packages.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -66,13 +67,18 @@ def read_body(raw: bytes, body_type: type[BodyType]) -> tuple[BodyType, list[str
         # All others are not there, which asks for nothing.
         if name.partition(".")[0] in data and refusal.holds_of(_value_at(data, name)):
             raise RequestError(f"{name}: {refusal.reason}", param=name, code="unsupported_parameter")
-    judged = {*body_type.model_fields, *body_type.refused, *body_type.ignored}
+    judged = _judged(body_type)
     try:
         return body_type.model_validate(data), [name for name in data if name not in judged]
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = _field_path(first["loc"], data, is_missing=first["type"] == "missing")
         raise RequestError(f"{param}: {first['msg'].lower()}", param=param) from None
+
+
+@functools.cache
+def _judged(body_type: type[Body]) -> frozenset[str]:
+    return frozenset({*body_type.model_fields, *body_type.refused, *body_type.ignored})
 
 
 def _value_at(data: Any, path: str) -> Any:

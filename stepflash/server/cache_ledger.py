@@ -60,6 +60,16 @@ class CacheReport:
         """Prompt and answer."""
         return np.concatenate([self.prompt, np.array(self.answer_ids, dtype=np.int32)])
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.answer_ids)
+
+    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
+        """A part of the history, shorter where that ends."""
+        count = len(self.prompt)
+        answer = self.answer_ids[max(0, begin - count) : max(0, end - count)]
+        return (*self.prompt[begin:end].tolist(), *answer)
+
     def token_at(self, index: int) -> int | None:
         """Of the history; None behind its end."""
         if index < len(self.prompt):
@@ -141,7 +151,7 @@ class CacheLedger:
         report.is_running = False
         if report in self._reports:
             self._num_tokens -= self._reports[report]
-            self._keep(report, report.num_prompt_tokens + len(report.answer_ids))
+            self._keep(report, report.num_tokens)
 
     def latest(self, client: str, request_id: str | None = None) -> Iterator[CacheReport]:
         """The reports of a client, newest first."""
@@ -230,12 +240,11 @@ def _nearest(prompt: Tokens, reports: Iterable[CacheReport]) -> Nearest | None:
             best, most = report, num_shared
     if best is None:
         return None
-    history = best.history
     return Nearest(
         request_id=best.request_id,
         num_shared_tokens=most,
-        num_tokens=len(history),
-        next_ids=tuple(history[most : most + SHOWN_TOKENS].tolist()),
+        num_tokens=best.num_tokens,
+        next_ids=best.tokens(most, most + SHOWN_TOKENS),
         is_running=best.is_running,
     )
 
@@ -244,7 +253,7 @@ def _num_shared(prompt: Tokens, report: CacheReport) -> int:
     if len(prompt) and len(report.prompt) and prompt[0] != report.prompt[0]:
         return 0
     few = _common(prompt[:FEW_TOKENS], report.prompt[:FEW_TOKENS])
-    if few < min(FEW_TOKENS, len(prompt), len(report.prompt)):
+    if few == len(prompt) or few < min(FEW_TOKENS, len(report.prompt)):
         return few
     return _common(prompt, report.history)
 

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from stepflash.errors import ServerClosing
 
@@ -17,25 +16,23 @@ class Closing:
 
     def __init__(self) -> None:
         self.is_over = False
-        self._notices: set[asyncio.Future[None]] = set()
+        self._notices: set[Callable[[], None]] = set()
 
     def end(self) -> None:
         self.is_over = True
-        for notice in self._notices:
-            if not notice.done():
-                notice.set_result(None)
+        for tell in tuple(self._notices):
+            tell()
 
     @contextlib.contextmanager
-    def notice(self) -> Iterator[asyncio.Future[None]]:
-        """A future that is done when the time is over."""
-        notice: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def notice(self, tell: Callable[[], None]) -> Iterator[None]:
+        """While this lasts, `tell` is called when the time is over, at once if it is."""
         if self.is_over:
-            notice.set_result(None)
-        self._notices.add(notice)
+            tell()
+        self._notices.add(tell)
         try:
-            yield notice
+            yield
         finally:
-            self._notices.discard(notice)
+            self._notices.discard(tell)
 
     def error(self) -> ServerClosing:
         return ServerClosing("the server is going down before this answer is complete; ask again")

@@ -15,6 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_SECONDS = 30.0  # from the first byte, or the connection, to the end of the headers
+MAX_HELD_BYTES = 65_536
 WANTED_FILES, KEPT_FILES = 65_536, 128
 
 
@@ -29,6 +30,41 @@ def raise_file_limit() -> int:
     return max(files - KEPT_FILES, files // 2)
 
 
+class JoinedWrites:
+    """A transport by which all that is written in one turn of the event loop leaves in one system call.
+
+    A reply begins with a head and a first frame and ends with several frames and the end of the body; each would else
+    be a packet of its own, and wake the client.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+        self._num_held = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+        self._num_held += len(data)
+        # The transport under this one stops whoever writes more than is taken, within a turn if need be.
+        if self._num_held > MAX_HELD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        data, self._held, self._num_held = b"".join(self._held), [], 0
+        if data:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+
 def connection_class(max_connections: int, request_seconds: float = REQUEST_SECONDS) -> type[H11Protocol]:
     """The protocol of a server that keeps to these limits."""
 
@@ -36,7 +72,8 @@ def connection_class(max_connections: int, request_seconds: float = REQUEST_SECO
         _patience: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            joined: Any = JoinedWrites(transport, self.loop)
+            super().connection_made(joined)
             if len(self.connections) > max_connections:
                 transport.abort()
             else:

@@ -16,6 +16,7 @@ from stepflash.assistant.session import new_request_id
 from stepflash.assistant.stream import StreamItem
 from stepflash.engine.request import SamplingParams
 from stepflash.errors import RequestError, StepflashError
+from stepflash.server.direct_route import add_direct_route
 from stepflash.server.openai_responses_decode import ResponsesBody, ResponsesRequest, decode
 from stepflash.server.openai_responses_encode import ResponseEncoder, ResponseHead
 from stepflash.server.openai_responses_items import listed_items
@@ -48,7 +49,7 @@ class ResponsesRoutes:
 
     def add_to(self, app: FastAPI) -> None:
         one = "/v1/responses/{response_id}"
-        app.add_api_route("/v1/responses", self.create, methods=["POST"], response_model=None)
+        add_direct_route(app, "/v1/responses", self.create)
         app.add_api_route(one, self.get, methods=["GET"], response_model=None)
         app.add_api_route(one, self.delete, methods=["DELETE"], response_model=None)
         app.add_api_route(f"{one}/cancel", self.cancel, methods=["POST"], response_model=None)

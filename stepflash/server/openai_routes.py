@@ -16,6 +16,7 @@ from stepflash.assistant.session import as_choice, new_request_id
 from stepflash.assistant.stream import Answer, Fold, StreamItem, merge, total_usage
 from stepflash.errors import StepflashError
 from stepflash.server import openai_chat_decode, openai_chat_encode, openai_completions
+from stepflash.server.direct_route import add_direct_route
 from stepflash.server.openai_chat_encode import ResponseHead
 from stepflash.server.openai_errors import describe
 from stepflash.server.openai_schema import ChatBody, CompletionBody
@@ -32,10 +33,8 @@ class OpenAIRoutes:
         self.session = service.session
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route(
-            "/v1/chat/completions", self.chat_completions, methods=["POST"], response_model=None
-        )
-        app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
+        add_direct_route(app, "/v1/chat/completions", self.chat_completions)
+        add_direct_route(app, "/v1/completions", self.completions)
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
 

@@ -43,6 +43,8 @@ class Scheduling:
                 code="unsupported_parameter",
             )
         limits = [limit for limit in (self.deadline_seconds, settings.request_timeout) if limit is not None]
+        if not self.priority and not limits:
+            return request
         return replace(request, priority=self.priority, deadline_seconds=min(limits, default=None))
 
 

@@ -203,7 +203,7 @@ class Service:
         limit, sampling = self.settings.max_output_tokens, request.sampling
         if limit is not None and (sampling.max_tokens is None or sampling.max_tokens > limit):
             request = replace(request, sampling=replace(sampling, max_tokens=limit))
-        return replace(prompt, request=request)
+        return prompt if request is prompt.request else replace(prompt, request=request)
 
     async def _measured(
         self, stream: AsyncGenerator[list[StreamItem]], answer: AnswerRecord, report: CacheReport

@@ -84,7 +84,7 @@ class EventStream(Response):
         nothing for so long is taken to be gone. `send_body` sends what follows the head past the middlewares, which
         would cost a frame as much as its encoding does."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._send_seconds = send_seconds
+        self.send_seconds = math.inf if send_seconds is None else send_seconds
         self._send_body = send_body
         self._last_frame = last_frame
         del self.headers["content-length"]
@@ -92,9 +92,10 @@ class EventStream(Response):
         self._closing = closing
         self._last_words = last_words
         self._is_started = False
-        self._keep_alive = keep_alive
-        self._sent_at = time.monotonic()
-        self._sending_since: float | None = None  # while a frame is on its way
+        self.keep_alive = keep_alive
+        self.longest_wait = min(self.send_seconds, keep_alive.seconds)
+        self.sent_at = time.monotonic()
+        self.sending_since: float | None = None  # while a frame is on its way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -105,7 +106,7 @@ class EventStream(Response):
             if not self._is_started:
                 raise
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._send_seconds):
+                async with asyncio.timeout(self.send_seconds):
                     await send(_body(self._last_words(), more_body=False))
 
     async def _send_all(self, send: Send) -> None:
@@ -113,51 +114,70 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         send_body = self._send_body or send
         try:
-            # A timer for each frame would cost as much as the frame; one task looks after all of them.
             async with asyncio.timeout(None) as patience:
-                watching = asyncio.create_task(self._watch(send_body, patience))
+                watch = _Watch(self, send_body, patience)
                 try:
                     await self._send(send, start)
                     self._is_started = True
                     async with aclosing(self._frames) as frames:
                         async for data in frames:
-                            self._sending_since = time.monotonic()
+                            self.sending_since = time.monotonic()
                             await send_body({"type": "http.response.body", "body": data, "more_body": True})
-                            self._sent_at, self._sending_since = self._sending_since, None
+                            self.sent_at, self.sending_since = self.sending_since, None
                     await self._send(send_body, _body(self._last_frame, more_body=False))
                 finally:
-                    watching.cancel()
+                    watch.end()
         except TimeoutError:
             raise ClientGone from None
 
     async def _send(self, send: Send, message: Message) -> None:
-        self._sending_since = time.monotonic()
+        self.sending_since = time.monotonic()
         await send(message)
-        self._sent_at, self._sending_since = self._sending_since, None
+        self.sent_at, self.sending_since = self.sending_since, None
 
-    async def _watch(self, send: Send, patience: asyncio.Timeout) -> None:
-        """Break a silence; end `patience` when a frame is not taken."""
-        send_seconds = math.inf if self._send_seconds is None else self._send_seconds
-        while True:
-            now, sending_since = time.monotonic(), self._sending_since
-            since, limit = (
-                (self._sent_at, self._keep_alive.seconds)
-                if sending_since is None
-                else (sending_since, send_seconds)
-            )
-            if now < since + limit:
-                # Not for longer than any limit: a frame that is begun meanwhile is seen in time.
-                await asyncio.sleep(min(since + limit - now, send_seconds, self._keep_alive.seconds))
-                continue
-            try:
-                if sending_since is not None:
-                    raise TimeoutError
-                async with asyncio.timeout(self._send_seconds):
-                    await send(_body(self._keep_alive.frame()))
-                self._sent_at = time.monotonic()
-            except TimeoutError:
-                patience.reschedule(0)
-                return
+
+class _Watch:
+    """Breaks a silence of a stream; ends `patience` when a frame is not taken.
+
+    One timer looks after all frames: one for each would cost as much as the frame.
+    """
+
+    def __init__(self, stream: EventStream, send: Send, patience: asyncio.Timeout) -> None:
+        self._stream = stream
+        self._send = send
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(stream.longest_wait, self._look)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _look(self) -> None:
+        stream, sending_since = self._stream, self._stream.sending_since
+        if sending_since is None:
+            left = stream.sent_at + stream.keep_alive.seconds - time.monotonic()
+        else:
+            left = sending_since + stream.send_seconds - time.monotonic()
+        if left > 0:
+            # Not for longer than any limit: a frame that is begun meanwhile is seen in time.
+            self._timer = self._loop.call_later(min(left, stream.longest_wait), self._look)
+        elif sending_since is None:
+            self._task = asyncio.create_task(self._break_silence())
+        else:
+            self._patience.reschedule(0)
+
+    async def _break_silence(self) -> None:
+        try:
+            async with asyncio.timeout(self._stream.send_seconds):
+                await self._send(_body(self._stream.keep_alive.frame()))
+        except TimeoutError:
+            self._patience.reschedule(0)
+            return
+        self._stream.sent_at = time.monotonic()
+        self._look()
 
 
 def _body(data: bytes, *, more_body: bool = True) -> Message:
@@ -173,19 +193,37 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T], cl
         ClientGone: the client went first.
         ServerClosing: the time was over first.
     """
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_wait_for_disconnect(receive))
+    why: Exception | None = None
+    is_running = True
+
+    def end(error: Exception) -> None:
+        nonlocal why
+        if is_running and why is None:
+            why = error
+            scope.reschedule(0)
+
+    def end_if_gone(watching: asyncio.Task[None]) -> None:
+        if not watching.cancelled():
+            end(ClientGone())
+
     try:
-        with closing.notice() as is_over:
-            awaited: set[asyncio.Future[Any]] = {working, watching, is_over}
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise closing.error() if is_over.done() else ClientGone
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        async with asyncio.timeout(None) as scope:
+            watching = asyncio.create_task(_wait_for_disconnect(receive))
+            watching.add_done_callback(end_if_gone)
+            try:
+                with closing.notice(lambda: end(closing.error())):
+                    # Requests that came together are all prepared before the first of them is submitted: the engine
+                    # begins with all of them at once, and does not take the interpreter from those still prepared.
+                    await asyncio.sleep(0)
+                    return await work
+            finally:
+                is_running = False
+                watching.cancel()
+                work.close()  # it may not have begun
+    except Exception:
+        if why is not None:
+            raise why from None
+        raise
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

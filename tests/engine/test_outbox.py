@@ -1,6 +1,7 @@
 """Outputs on their way to an event loop: nothing lost, in order, few deliveries, and none that waits for long."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflash.engine.outbox import MAX_SECONDS, MIN_SECONDS, Outbox, Stream
+from stepflash.engine.outbox import MANY_SECONDS, MANY_STEPS, MAX_SECONDS, MIN_SECONDS, Outbox, Stream
 from stepflash.engine.request import FinishReason, Output, RequestStats, TokenLogprob
 
 
@@ -165,6 +166,32 @@ def test_the_more_work_a_delivery_is_the_rarer_they_are() -> None:
             outbox.put([(stream, output("a", [n], n))])
             await asyncio.sleep(0.08)
         assert outbox._interval < MAX_SECONDS
+
+    asyncio.run(main())
+
+
+def test_where_many_steps_go_together_they_may_be_rarer_still() -> None:
+    async def main() -> None:
+        outbox, stream = Outbox(asyncio.get_running_loop()), Stream()
+        token_ids: list[int] = []
+
+        async def work() -> None:
+            while True:
+                item = await stream.get()
+                assert isinstance(item, Output)
+                token_ids.extend(item.token_ids)
+                time.sleep(0.02)
+
+        task = asyncio.create_task(work())
+        steps = iter(range(1, 1000))
+        for num_steps, longest in ((MANY_STEPS, MANY_SECONDS), (MANY_STEPS // 2, MAX_SECONDS)):
+            for _ in range(4):
+                for n in itertools.islice(steps, num_steps):
+                    outbox.put([(stream, output("a", [n], n))])
+                await asyncio.sleep(2 * MANY_SECONDS)
+            assert outbox._interval == longest
+        assert token_ids == list(range(1, next(steps)))
+        task.cancel()
 
     asyncio.run(main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import resource
@@ -16,7 +17,13 @@ import httpx
 import pytest
 
 from stepflash.server.app import create_app
-from stepflash.server.connections import KEPT_FILES, connection_class, raise_file_limit
+from stepflash.server.connections import (
+    KEPT_FILES,
+    MAX_HELD_BYTES,
+    JoinedWrites,
+    connection_class,
+    raise_file_limit,
+)
 from stepflash.settings import ServerSettings
 from tests.scripted_engine import scripted_session
 from tests.server.live import serving
@@ -126,3 +133,53 @@ def test_a_body_that_announces_itself_too_large_is_refused_unread() -> None:
     with serving(app) as url, connected(int(url.rpartition(":")[2])) as connection:
         connection.sendall(HEAD.replace(str(len(BODY)).encode(), b"1001"))
         assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+class Written:
+    """A transport that notes what is written."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_closed
+        self.writes.append(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_what_is_written_in_one_turn_leaves_together_and_before_the_end() -> None:
+    async def main() -> None:
+        under = Written()
+        transport = JoinedWrites(under, asyncio.get_running_loop())  # type: ignore[arg-type]
+        for data in (b"head", b"first", b""):
+            transport.write(data)
+        assert under.writes == []
+        await asyncio.sleep(0)
+        assert under.writes == [b"headfirst"]
+        transport.write(b"last")
+        transport.close()
+        assert under.writes == [b"headfirst", b"last"]
+        await asyncio.sleep(0)
+        assert under.writes == [b"headfirst", b"last"]
+        assert under.is_closed
+
+    asyncio.run(main())
+
+
+def test_much_is_not_held_until_the_turn_ends() -> None:
+    """Or a client that takes nothing would not stop who writes."""
+
+    async def main() -> None:
+        under = Written()
+        transport = JoinedWrites(under, asyncio.get_running_loop())  # type: ignore[arg-type]
+        pieces = [bytes([number]) * 10_000 for number in range(30)]
+        for number, piece in enumerate(pieces, 1):
+            transport.write(piece)
+            assert number * 10_000 - sum(map(len, under.writes)) <= MAX_HELD_BYTES
+        await asyncio.sleep(0)
+        assert b"".join(under.writes) == b"".join(pieces)
+
+    asyncio.run(main())

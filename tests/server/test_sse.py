@@ -1,4 +1,4 @@
-"""Frames that are encoded around their text, against those that are encoded whole."""
+"""Frames that are encoded around their text, against those that are encoded whole; work that ends with its client."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
 from stepflash.chat.messages import ContentDelta, Conversation, Finish, ReasoningDelta
 from stepflash.engine.request import SamplingParams, TokenLogprob
+from stepflash.errors import ServerClosing
+from stepflash.server.closing import Closing
 from stepflash.server.openai_chat_decode import ChatRequest
 from stepflash.server.openai_chat_encode import ResponseHead, frames
-from stepflash.server.sse import frame, text_frame
+from stepflash.server.sse import frame, text_frame, unless_disconnected
 
 TEXTS = st.text(st.characters(codec=None), max_size=20)  # lone surrogates too
 
@@ -78,3 +82,54 @@ def test_pieces_of_text_in_one_batch_are_chunks_of_their_own() -> None:
     ]
     assert choices[3][0]["logprobs"]["content"][0]["logprob"] == -1.0
     assert [choice["finish_reason"] for (choice,) in choices][-1] == "stop"
+
+
+def test_requests_that_come_together_are_prepared_before_the_first_of_them_runs() -> None:
+    order: list[str] = []
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def work(name: str) -> None:
+        order.append(f"{name} runs")
+
+    async def handle(name: str) -> None:
+        order.append(f"{name} is prepared")
+        await unless_disconnected(receive, work(name), Closing())
+
+    async def main() -> None:
+        await asyncio.gather(handle("a"), handle("b"))
+
+    asyncio.run(main())
+    assert order == ["a is prepared", "b is prepared", "a runs", "b runs"]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_work_ends_with_the_time_of_the_server(begins: bool) -> None:
+    closing, events = Closing(), list[str]()
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def work() -> None:
+        events.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append("ended")
+
+    async def main() -> None:
+        if not begins:
+            closing.end()
+        handling = asyncio.create_task(unless_disconnected(receive, work(), closing))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if begins:
+            closing.end()
+        with pytest.raises(ServerClosing):
+            await handling
+
+    asyncio.run(main())
+    assert events == (["begun", "ended"] if begins else [])
