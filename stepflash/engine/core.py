@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +46,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 # Most tokens that a constraint may dictate in one step.
 MAX_FORCED_TOKENS = 32
+# Most steps in one call where depths are given; see `Runner.run_trunk`.
+MAX_STEPS_AHEAD = 16
 
 __all__ = ["EngineConfig", "EngineCore", "EngineStats"]
 
@@ -223,10 +226,14 @@ class EngineCore:
                 stuck = self.scheduler.waiting[0]
                 outputs.append(self._fail(stuck, EngineError("the request does not fit into the KV cache")))
             return outputs
-        self._counters["steps"] += 1
-        depth = self._choose_depth(plan)
+        depth, max_steps = self._choose_depth(plan)
         num_captured = self.runner.num_captured
-        results, failures = _isolated(lambda items: self.runner.run_trunk(items, depth), plan)
+        single_blocks = self.prefix is not None  # the states at each boundary are wanted
+        results, failures = _isolated(
+            lambda items: self.runner.run_trunk(items, depth, max_steps, single_blocks=single_blocks), plan
+        )
+        num_steps = 1 + max((len(result.earlier) for _, result in results), default=0)
+        self._counters["steps"] += num_steps
         outputs += [self._fail(item.seq, error) for item, error in failures]
         committed: list[Output] = []
         jobs: list[DraftJob] = []
@@ -254,7 +261,7 @@ class EngineCore:
                 outputs.append(replace(output, finish_reason=None) if is_broken else output)
         outputs += [self._fail(job.seq, error) for job, error in broken]
         if self.runner.num_captured == num_captured:
-            self._observe(plan, jobs, depth, time.perf_counter() - start)
+            self._observe(plan, jobs, depth, num_steps, time.perf_counter() - start)
         if self.saver is not None:
             self.saver.turn()
         return outputs
@@ -328,18 +335,22 @@ class EngineCore:
         ]
         return [self._finish(_ended(seq, "abort", stop_reason="deadline")) for seq in late]
 
-    def _choose_depth(self, plan: Seq[Scheduled]) -> int:
-        """The depth of all adaptive sequences of this step; they run in the same batch."""
+    def _choose_depth(self, plan: Seq[Scheduled]) -> tuple[int, int]:
+        """The depth of all adaptive sequences of this step, which run in the same batch; and how many steps of it."""
         adaptive = [
             item.seq.acceptance
             for item in plan
             if item.seq.sampling.draft_depth is None and item.is_sampled and item.seq.num_modules
         ]
-        return self.depth.choose(adaptive)
+        if not adaptive:
+            return 0, MAX_STEPS_AHEAD
+        return self.depth.choose(adaptive), self.depth.num_steps
 
     def _commit(self, item: Scheduled, result: TrunkResult) -> Output:
         """Take over what the trunk said: tokens, progress, statistics."""
         seq, stats = item.seq, item.seq.stats
+        if result.earlier:
+            self._commit_earlier(item, result)
         before = seq.num_computed
         stats.num_steps += 1
         prefilled = max(0, min(before + item.num_tokens, seq.num_prompt_tokens) - before)
@@ -351,7 +362,7 @@ class EngineCore:
                 if token_id not in seq.stop_ids:
                     seq.constraint.accept(token_id)
         if result.num_drafts:
-            self._count_drafts(seq, result)
+            self._count_drafts(seq, result.num_drafts, result.num_accepted)
         seq.sampler.accept(token_ids)
         seq.token_ids += token_ids
         seq.num_computed = min(before + item.num_tokens + result.num_accepted, len(seq.token_ids))
@@ -372,12 +383,26 @@ class EngineCore:
             reason = "length"
         return Output(
             request_id=seq.request.request_id,
-            token_ids=tuple(token_ids),
+            token_ids=(*chain.from_iterable(result.earlier), *token_ids),
             logprobs=tuple(result.logprobs[: len(token_ids)]),
             finish_reason=reason,
             stop_reason=stop_reason,
             stats=stats,
         )
+
+    def _commit_earlier(self, item: Scheduled, result: TrunkResult) -> None:
+        """Take over the steps before the last of one call. None ends the sequence, and no constraint watches."""
+        seq, num_drafts = item.seq, len(item.drafts)
+        for token_ids in result.earlier:
+            if num_drafts:
+                self._count_drafts(seq, num_drafts, len(token_ids) - 1)
+            num_drafts = result.num_drafts
+            seq.token_ids += token_ids
+            seq.num_computed += len(token_ids)
+            self._counters["generated"] += len(token_ids)
+        seq.stats.num_steps += len(result.earlier)
+        seq.mtp.num_computed = [len(seq.token_ids)] * seq.num_modules
+        seq.mtp.pending[1:] = result.pending
 
     def _draft_job(
         self, seq: Sequence, result: TrunkResult, before: int, depth: int, is_last: bool
@@ -465,19 +490,19 @@ class EngineCore:
         if self.prefix is not None and seq.boundary is not None and seq.blocks is not None:
             self._snapshot(seq, *seq.boundary)
 
-    def _count_drafts(self, seq: Sequence, result: TrunkResult) -> None:
+    def _count_drafts(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         if seq.drafts_are_forced:
-            seq.stats.num_forced_tokens += result.num_accepted
+            seq.stats.num_forced_tokens += num_accepted
             return
         for counts, number in (
-            (seq.stats.num_drafted_tokens, result.num_drafts),
-            (self._drafted, result.num_drafts),
-            (seq.stats.num_accepted_tokens, result.num_accepted),
-            (self._accepted, result.num_accepted),
+            (seq.stats.num_drafted_tokens, num_drafts),
+            (self._drafted, num_drafts),
+            (seq.stats.num_accepted_tokens, num_accepted),
+            (self._accepted, num_accepted),
         ):
             for k in range(number):
                 counts[k] += 1
-        self.depth.accept(seq.acceptance, result.num_drafts, result.num_accepted)
+        self.depth.accept(seq.acceptance, num_drafts, num_accepted)
 
     def _until_stop(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         room = seq.max_tokens - seq.num_generated
@@ -503,8 +528,10 @@ class EngineCore:
         message = str(error) if isinstance(error, StepflashError) else f"{type(error).__name__}: {error}"
         return self._finish(_ended(seq, "error", error=message))
 
-    def _observe(self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, seconds: float) -> None:
-        """Time a step for the depth controller when it was nothing but decoding at one depth."""
+    def _observe(
+        self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, num_steps: int, seconds: float
+    ) -> None:
+        """Time steps for the depth controller when they were nothing but decoding at one depth."""
         if len(jobs) < len(plan):
             return
         is_even = True
@@ -514,7 +541,7 @@ class EngineCore:
             is_even = is_even and len(item.drafts) == job.depth == depth
         self._last_depth = depth
         if is_even:
-            self.depth.observe(len(plan), depth, seconds)
+            self.depth.observe(len(plan), depth, seconds, num_steps)
 
 
 def _ended(

@@ -27,7 +27,7 @@ from stepflash.engine.batch import Span, TokenBatch
 from stepflash.engine.cuda_forward import forward_of
 from stepflash.engine.cuda_replay import MOST, Graphs, Staged, Tables, round_up, size_for
 from stepflash.engine.kv_cache import MAX_MODULES, KVCache
-from stepflash.engine.network import Drafts, Pass
+from stepflash.engine.network import Ahead, Drafts, Pass
 from stepflash.kernels import ops
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -166,9 +166,7 @@ class AheadPasses:
         self._choices = torch.zeros((num_passes, MOST), dtype=torch.int64, device=device)
         self._best = torch.zeros((2, num_passes, MOST), dtype=torch.int32, device=device)
 
-    def run(
-        self, spans: Sequence[Span], pending: Sequence[Tensor | None], depth: int
-    ) -> tuple[Pass, Drafts] | None:
+    def run(self, spans: Sequence[Span], pending: Sequence[Tensor | None], depth: int) -> Ahead | None:
         """The trunk over spans of a token and its drafts, and `depth` drafts after the ones that are right.
 
         Every module has read all known tokens; `pending` holds, by module from the second, then by sequence, the row
@@ -202,7 +200,7 @@ class AheadPasses:
             values[1 : depth + 1, :num_seqs].flatten().tolist(),
             layout.begins[1:],
         )
-        return trunk, drafts
+        return Ahead((), [span.token_ids[1:] for span in spans], trunk, drafts)
 
     def _compute(self, sizes: Sizes, width: int) -> None:
         """The passes, from buffers to buffers. They depend on nothing else, and wait for nothing."""

@@ -32,7 +32,7 @@ from stepflash.engine.cuda_replay import (
     size_for,
 )
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import Drafts, Greedy, ModelNetwork, Pass
+from stepflash.engine.network import Ahead, Greedy, ModelNetwork, Pass
 from stepflash.kernels import ops
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -91,7 +91,7 @@ class GraphNetwork:
 
     def trunk_ahead(
         self, spans: Sequence[Span], pending: Sequence[Tensor | None], depth: int
-    ) -> tuple[Pass, Drafts] | None:
+    ) -> Ahead | None:
         """See `AheadPasses.run`."""
         return self._ahead.run(spans, pending, depth)
 

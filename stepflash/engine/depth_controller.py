@@ -97,6 +97,14 @@ class DepthController:
         costs.held = self.HOLD - 1
         return costs.current
 
+    @property
+    def num_steps(self) -> int:
+        """How many steps, the next one included, may follow the last choice."""
+        costs = self._last
+        if costs is None:
+            return 1
+        return 1 + costs.held if costs.probe is None else max(1, self.PROBE_STEPS - len(costs.probed))
+
     def is_hopeless(self, acceptance: Seq[float]) -> bool:
         """Whether drafts for a sequence with these chances cost far more than they bring, as steps went of late."""
         relative = self._last.relative if self._last else [math.nan]
@@ -105,17 +113,18 @@ class DepthController:
             for depth in range(1, self.max_depth + 1)
         )
 
-    def observe(self, num_seqs: int, depth: int, seconds: float) -> None:
-        """A step in which each of `num_seqs` sequences verified `depth` drafts and proposed as many."""
+    def observe(self, num_seqs: int, depth: int, seconds: float, num_steps: int = 1) -> None:
+        """Steps after one choice, in which each of `num_seqs` sequences verified `depth` drafts and proposed more."""
         costs = self._bucket(num_seqs)
-        seconds = max(seconds, 1e-9)  # of a clock that stands still
+        costs.held = max(0, costs.held - num_steps + 1)
+        seconds = max(seconds / num_steps, 1e-9)  # of a clock that stands still
         if len(costs.warm_up[depth]) < self.WARM_UP_SAMPLES:
             costs.warm_up[depth].append(seconds)
             # The first run pays for allocations, and any may be disturbed.
             costs.relative[depth] = min(costs.warm_up[depth])
         elif depth == costs.probe:
-            costs.probed.append(seconds)
-            if len(costs.probed) == self.PROBE_STEPS:
+            costs.probed += [seconds] * num_steps
+            if len(costs.probed) >= self.PROBE_STEPS:
                 self._learn(costs, depth)
         elif depth == costs.current:
             costs.recent.append(seconds)

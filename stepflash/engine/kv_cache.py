@@ -192,6 +192,12 @@ class KVCache:
         held.extend(new)
         self.tables[group][blocks.row, start:wanted] = new
 
+    def num_slots(self, blocks: SequenceBlocks) -> int:
+        """Slots that exist for a sequence."""
+        full = len(blocks.full) if self.group_layers[FULL] else None
+        sliding = blocks.sliding_first + len(blocks.sliding) if self.group_layers[SLIDING] else None
+        return min(n for n in (full, sliding) if n is not None) * self.block_size
+
     def trim(self, blocks: SequenceBlocks, num_slots: int) -> None:
         """Free the sliding blocks that neither slot num_slots nor a snapshot at the last boundary can see."""
         boundary = num_slots - num_slots % self.block_size

@@ -46,6 +46,8 @@ class Pass:
         return self._greedy
 
 
+# Whoever comes or goes while steps are taken in one call waits for so long, or for one step.
+AHEAD_SECONDS = 0.002
 # Of a pass that has no logits to show.
 _NONE = torch.empty((0, 0))
 
@@ -64,8 +66,9 @@ class Network(Protocol):
 class Drafts:
     """What all modules in a row left, by module: rows read and hidden states, then each job's draft and its logit.
 
-    `begins`: by module, where each job's rows begin, if there is room between them. `unread`: by module from the
-    second, then by job, the row [1, hidden_size] that it reads next, where that is known already.
+    Of the last of all modules, whose hidden states nobody reads, there may be just each job's last row. `begins`: by
+    module, where each job's rows begin, if there is room between them. `unread`: by module from the second, then by
+    job, the row [1, hidden_size] that it reads next, where that is known already.
     """
 
     rows: Sequence[Tensor]
@@ -74,6 +77,23 @@ class Drafts:
     logits: list[float]
     begins: Sequence[Sequence[int]] | None = None
     unread: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Steps of greedy decoding with drafts that were taken in one call.
+
+    `earlier`: the new tokens of all steps but the last, by step, then by span. `verified`: the drafts of each span in
+    the last step. `trunk` is of the last step, without logits, but with every token's best; `drafts` is what comes
+    next, if every sequence goes on. `pending`: before the last step, by module from the second, then by span, the row
+    that the module reads next.
+    """
+
+    earlier: Sequence[Sequence[list[int]]]
+    verified: Sequence[Sequence[int]]
+    trunk: Pass
+    drafts: Drafts | None
+    pending: Sequence[Tensor] = ()
 
 
 class ModelNetwork:
@@ -108,6 +128,7 @@ class NativeNetwork:
             layer for layer in model.model.layers if isinstance(layer, QuantDecoderLayer | QuantMTPLayer)
         ]
         self.num_modules = num_modules
+        self._cache = cache
         self._passes = [_new_network(model, cache, layers[:num_layers], 0)]
         self._passes[0].set_head(*_head(model.model.norm, model.lm_head), vocab_limit)
         for index, layer in enumerate(layers[num_layers : num_layers + num_modules], start=num_layers):
@@ -154,14 +175,29 @@ class NativeNetwork:
         stop_ids: Sequence[int],
         pending: Sequence[Tensor | None],
         depth: int,
-    ) -> tuple[Pass, Drafts | None]:
-        """The trunk over spans of a token and its drafts, and the next drafts if all goes on; see `run_ahead` in
-        csrc/network_class.cpp. The pass has no logits, only every token's best."""
-        hidden_states, best, best_logits, rows, left, drafts, logits, unread = self._passes[0].run_ahead(
-            *_flat(spans), rooms, stop_ids, pending, depth
+        max_steps: int,
+        single_blocks: bool,
+    ) -> Ahead:
+        """The trunk over spans of a token and its drafts, and the next drafts if all goes on; and so on for
+        `max_steps` steps at most, as long as they are short. See `run_ahead` in csrc/network_class.cpp."""
+        token_ids, lengths, starts, table_rows = _flat(spans)
+        reaches = [self._cache.num_slots(span.blocks) for span in spans]
+        limits = max_steps, AHEAD_SECONDS, single_blocks
+        before, last, after = self._passes[0].run_ahead(
+            token_ids, lengths, starts, table_rows, rooms, reaches, stop_ids, pending, depth, *limits
         )
-        done = Pass(hidden_states, _NONE, (best, best_logits))
-        return done, Drafts(rows, left, drafts, logits, unread=unread) if drafts else None
+        earlier, counts, verified, unread_before = before
+        hidden_states, best, best_logits = last
+        rows, left, drafts, logits, unread = after
+        return Ahead(
+            _by_step(earlier, counts, len(spans)),
+            [span.token_ids[1:] for span in spans]
+            if not earlier
+            else [verified[at + 1 : at + 1 + depth] for at in range(0, len(verified), 1 + depth)],
+            Pass(hidden_states, _NONE, (best, best_logits)),
+            Drafts(rows, left, drafts, logits, unread=unread) if drafts else None,
+            unread_before if earlier else (),
+        )
 
     def _run(self, module: int, spans: Sequence[Span], previous: Tensor | None, rows: Sequence[int]) -> Pass:
         hidden_states, logits, *greedy = self._passes[module].run(*_flat(spans), module, previous, rows)
@@ -204,6 +240,13 @@ def _flat(spans: Sequence[Span]) -> tuple[Sequence[int], list[int], list[int], l
         [span.start for span in spans],
         [span.blocks.row for span in spans],
     )
+
+
+def _by_step(token_ids: list[int], counts: list[int], num_spans: int) -> list[list[list[int]]]:
+    """Tokens that lie end to end, step by step, then span by span."""
+    ends = [0, *accumulate(counts)]
+    parts = [token_ids[start:end] for start, end in pairwise(ends)]
+    return [parts[i : i + num_spans] for i in range(0, len(parts), num_spans)]
 
 
 def _head(norm: Any, head: Any) -> tuple[Tensor, Tensor, int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stepflash.engine.batch import Span
 from stepflash.engine.cuda_graphs import GraphNetwork
 from stepflash.engine.kv_cache import KVCache
-from stepflash.engine.network import Drafts, ModelNetwork, NativeNetwork, Network, Pass
+from stepflash.engine.network import Ahead, Drafts, ModelNetwork, NativeNetwork, Network
 from stepflash.engine.request import TokenLogprob
 from stepflash.engine.sampler import Choice, Row, Sampler, are_greedy
 from stepflash.engine.scheduler import Scheduled
@@ -26,6 +26,7 @@ from stepflash.engine.speculative import (
     DraftJob,
     advance,
     depth_ahead,
+    may_repeat,
     num_accepted,
     rows_to_verify,
 )
@@ -41,7 +42,9 @@ class TrunkResult:
 
     `token_ids`: accepted drafts and one more token; empty while the prompt is not finished. `hidden_states`
     [tokens computed for good, hidden_size] are the trunk's, from slot `seq.num_computed` on. `ahead`: the next
-    drafts of all sequences, where they were made in the same call.
+    drafts of all sequences, where they were made in the same call. `earlier`: the tokens of steps that were taken
+    before this one in the same call, all but the first with `num_drafts` drafts; `pending`: after those, what each
+    module from the second has yet to read.
     """
 
     seq: Sequence
@@ -51,6 +54,8 @@ class TrunkResult:
     num_accepted: int
     hidden_states: Tensor
     ahead: Drafts | None = None
+    earlier: Seq[list[int]] = ()
+    pending: Seq[Tensor] = ()
 
 
 def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:
@@ -83,11 +88,19 @@ class Runner:
         return self.network.num_captured if isinstance(self.network, GraphNetwork) else 0
 
     @torch.inference_mode()
-    def run_trunk(self, plan: Seq[Scheduled], adaptive_depth: int = 0) -> list[TrunkResult]:
+    def run_trunk(
+        self,
+        plan: Seq[Scheduled],
+        adaptive_depth: int = 0,
+        max_steps: int = 1,
+        *,
+        single_blocks: bool = False,
+    ) -> list[TrunkResult]:
         """Compute the planned tokens, and choose tokens where a sequence's last known one was among them.
 
         `adaptive_depth` is the depth of sequences that leave it to the engine; where that and the state of the
-        modules allow it, the next drafts are made in the same call.
+        modules allow it, the next drafts are made in the same call, and up to `max_steps` short steps are taken in
+        it, with `single_blocks` none after one that fills a block.
 
         Raises:
             EngineError: the logits of a sequence are not finite.
@@ -100,36 +113,36 @@ class Runner:
             )
             for item in plan
         ]
-        bounds = [0, *accumulate(len(span.token_ids) for span in spans)]
+        lengths = [len(span.token_ids) for span in spans]
+        verified: Seq[Seq[int]] = [item.drafts for item in plan]
         logprobs: list[TokenLogprob | None] = []
-        ahead = self._run_ahead(plan, spans, adaptive_depth)
+        ahead = self._run_ahead(plan, spans, adaptive_depth, max_steps, single_blocks)
         if ahead is not None:
-            done, drafts = ahead
+            done, verified = ahead.trunk, ahead.verified
+            lengths = [1 + len(drafts) for drafts in verified]
             assert done.greedy is not None
             chosen, best_logits = done.greedy
             is_finite = [math.isfinite(logit) for logit in best_logits]
         else:
-            drafts = None
             rows: list[Row] = []
             row_indices: list[int] = []
-            for i, item in enumerate(plan):
+            for item, end in zip(plan, accumulate(lengths), strict=True):
                 if item.is_sampled:
                     rows += rows_to_verify(item.seq, item.drafts, self.sampler)
-                    end = bounds[i + 1]
                     row_indices += range(end - len(item.drafts) - 1, end)
             done = self.network.trunk(spans, row_indices)
             greedy = done.greedy if are_greedy(rows) else None
             choice = self.sampler.choose(done.logits, rows, greedy) if rows else Choice([], [])
             chosen, logprobs, is_finite = choice.token_ids, choice.logprobs, choice.is_finite
         hidden_states = done.hidden_states
-        results, row = [], 0
+        results, row, end = [], 0, 0
         for i, item in enumerate(plan):
-            start, end = bounds[i], bounds[i + 1]
+            start, end = end, end + lengths[i]
             if not item.is_sampled:
                 results.append(TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end]))
                 continue
-            count = len(item.drafts)
-            accepted = num_accepted(item.drafts, chosen[row : row + count])
+            count = len(verified[i])
+            accepted = num_accepted(verified[i], chosen[row : row + count])
             kept = slice(row, row + accepted + 1)
             # What stands behind a wrong draft is nobody's logits.
             if not all(is_finite[kept]):
@@ -142,15 +155,17 @@ class Runner:
                     count,
                     accepted,
                     hidden_states[start : end - count + accepted],
-                    drafts,
+                    ahead.drafts if ahead else None,
+                    [step[i] for step in ahead.earlier] if ahead else (),
+                    ahead.pending[i :: len(plan)] if ahead else (),
                 )
             )
             row += count + 1
         return results
 
     def _run_ahead(
-        self, plan: Seq[Scheduled], spans: Seq[Span], adaptive_depth: int
-    ) -> tuple[Pass, Drafts | None] | None:
+        self, plan: Seq[Scheduled], spans: Seq[Span], adaptive_depth: int, max_steps: int, single_blocks: bool
+    ) -> Ahead | None:
         """The trunk with the next drafts in one call; None where that cannot be."""
         network = self.network
         if not isinstance(network, NativeNetwork | GraphNetwork):
@@ -162,9 +177,11 @@ class Runner:
         pending = [seq.mtp.pending[k] for k in range(1, depth) for seq in seqs]
         if isinstance(network, GraphNetwork):
             return network.trunk_ahead(spans, pending, depth)
+        if max_steps > 1 and not all(may_repeat(seq, depth) for seq in seqs):
+            max_steps = 1
         rooms = [seq.max_tokens - seq.num_generated for seq in seqs]
         stop_ids = list(seqs[0].stop_ids.union(*(seq.stop_ids for seq in seqs[1:])))
-        return network.trunk_ahead(spans, rooms, stop_ids, pending, depth)
+        return network.trunk_ahead(spans, rooms, stop_ids, pending, depth, max_steps, single_blocks)
 
     @torch.inference_mode()
     def run_modules(self, jobs: Seq[DraftJob]) -> None:

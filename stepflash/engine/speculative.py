@@ -179,6 +179,12 @@ def _may_run_ahead(seq: Sequence, depth: int, adaptive_depth: int) -> bool:
     )
 
 
+def may_repeat(seq: Sequence, depth: int) -> bool:
+    """Whether steps to this depth may follow one another without a look at the sequence: every module drafts, so that
+    none gets more to read later, and no constraint has a say."""
+    return depth == seq.num_modules and seq.constraint is None
+
+
 def advance(
     network: Network, cache: KVCache, sampler: Sampler, jobs: Seq[DraftJob], max_deferred: int
 ) -> None:

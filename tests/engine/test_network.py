@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from stepflash.chat.tokenizer import Tokenizer
-from stepflash.engine import runner, speculative
+from stepflash.engine import core as core_module
+from stepflash.engine import network, runner, speculative
 from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
-from stepflash.engine.network import Drafts, ModelNetwork, NativeNetwork, Pass
+from stepflash.engine.network import Ahead, Drafts, ModelNetwork, NativeNetwork, Pass
 from stepflash.engine.request import Request, SamplingParams
 from stepflash.kernels import build
 from stepflash.model import transformer
@@ -98,19 +100,24 @@ def test_best_token_stays_below_the_limit_and_tells_nan() -> None:
     assert all(map(math.isfinite, whole.greedy[1]))
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 3, None])
 def test_drafts_are_the_same_however_they_are_made(
-    depth: int | None, monkeypatch: pytest.MonkeyPatch
+    depth: int | None, prefix_caching: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the trunk's call, in a call of their own, or module by module: same tokens, same acceptance and the same
-    states for the prefix cache, for nano and three sequences; with a depth that changes, too."""
+    """Several steps in a call, within the trunk's call, in a call of their own, or module by module: same tokens,
+    statistics and states for the prefix cache, for nano and three sequences; with a depth that changes, too."""
     torch.set_num_threads(2)
     model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
     found, used, kept = [], [], []
-    for way in ("ahead", "in a row", "one by one"):
-        core = EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512))
+    for way in ("several steps", "ahead", "in a row", "one by one"):
+        config = EngineConfig(max_num_seqs=4, max_model_len=512, prefix_caching=prefix_caching)
+        core = EngineCore(model, config)
         num_ahead, num_in_a_row = count_drafts(monkeypatch, "trunk_ahead"), count_drafts(monkeypatch, "draft")
-        if way != "ahead":
+        monkeypatch.setattr(network, "AHEAD_SECONDS", 10.0)
+        if way != "several steps":
+            monkeypatch.setattr(core_module, "MAX_STEPS_AHEAD", 1)
+        if way not in ("several steps", "ahead"):
             monkeypatch.setattr(runner, "depth_ahead", lambda *_: 0)
         if way == "one by one":
             monkeypatch.setattr(speculative, "_is_plain", lambda *_: False)
@@ -131,12 +138,14 @@ def test_drafts_are_the_same_however_they_are_made(
         used.append((sum(num_ahead), sum(num_in_a_row)))
         core.check_integrity()
         monkeypatch.undo()
-    assert found[0] == found[1] == found[2]
-    assert kept[0] == kept[1] == kept[2]
-    assert len({boundary for _, boundary, _ in kept[0]}) > 1
-    assert sum(sum(accepted) for _, accepted in found[0].values()) > 20
-    (ahead, _), (none_ahead, in_a_row), nothing = used
+    assert found[0] == found[1] == found[2] == found[3]
+    assert kept[0] == kept[1] == kept[2] == kept[3]
+    assert not prefix_caching or len({boundary for _, boundary, _ in kept[0]}) > 1
+    assert sum(sum(stats[1]) for _, stats in found[0].values()) > 20
+    (fewer, _), (ahead, _), (none_ahead, in_a_row), nothing = used
     assert ahead > 5
+    # With a cache all modules read along, and those that do not draft have something to say between steps.
+    assert fewer < ahead if depth == 3 or (depth and not prefix_caching) else fewer == ahead
     assert none_ahead == 0
     assert in_a_row > 5
     assert nothing == (0, 0)
@@ -149,16 +158,20 @@ def count_drafts(monkeypatch: pytest.MonkeyPatch, method: str) -> list[bool]:
 
     def counting(self: NativeNetwork, *arguments: object) -> object:
         done = run(self, *arguments)
-        calls.append(isinstance(done, Drafts) or (isinstance(done, tuple) and done[1] is not None))
+        calls.append(isinstance(done, Drafts) or (isinstance(done, Ahead) and done.drafts is not None))
         return done
 
     monkeypatch.setattr(NativeNetwork, method, counting)
     return calls
 
 
-def drive_all(core: EngineCore, depth: int | None) -> dict[str, tuple[list[int], tuple[int, ...]]]:
+Found = dict[str, tuple[list[int], tuple[Any, ...]]]
+
+
+def drive_all(core: EngineCore, depth: int | None) -> Found:
+    """Tokens; and steps, accepted and drafted tokens, and how it ended."""
     tokenizer = Tokenizer.from_pretrained(resolve_model("nano"))
-    found: dict[str, tuple[list[int], tuple[int, ...]]] = {}
+    found: Found = {}
     for task in ("add", "sort", "weekday"):
         prompt = tokenizer.encode(prompt_text(held_out(task, 1, "easy")[0]))
         sampling = SamplingParams(max_tokens=60, temperature=0.0, draft_depth=depth)
@@ -166,8 +179,49 @@ def drive_all(core: EngineCore, depth: int | None) -> dict[str, tuple[list[int],
         found[task] = [], ()
     while core.has_work:
         for output in core.step():
-            tokens, accepted = found[output.request_id]
-            if output.finish_reason is not None and output.stats is not None:
-                accepted = tuple(output.stats.num_accepted_tokens)
-            found[output.request_id] = [*tokens, *output.token_ids], accepted
+            tokens, end = found[output.request_id]
+            if (stats := output.stats) is not None and output.finish_reason is not None:
+                counts = tuple(stats.num_accepted_tokens), tuple(stats.num_drafted_tokens)
+                end = stats.num_steps, *counts, output.finish_reason, output.stop_reason
+            found[output.request_id] = [*tokens, *output.token_ids], end
     return found
+
+
+@pytest.mark.parametrize("place", [9, 12, 19, 26])
+def test_a_failure_within_several_steps_is_the_same_as_in_one(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token whose embedding is not a number ends its request; what came before, and others, are as ever."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(network, "AHEAD_SECONDS", 10.0)
+    found = []
+    for max_steps in (16, 1):
+        monkeypatch.setattr(core_module, "MAX_STEPS_AHEAD", max_steps)
+        model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
+        good = drive_all(EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512)), 3)
+        tokens, _ = good["weekday"]
+        broken = tokens[place]
+        with torch.inference_mode():
+            model.model.embed_tokens.weight[broken] = float("nan")
+        found.append(drive_all(EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512)), 3))
+        for task, (got, end) in found[-1].items():
+            expected = good[task][0]
+            if broken in expected[:-1]:
+                assert end[3] == "error"
+                # Lost are at most the drafts of the step that fails.
+                assert got == expected[: len(got)]
+                assert 0 <= expected.index(broken) + 1 - len(got) <= 3
+            else:
+                assert got == expected
+    assert found[0] == found[1]
+
+
+def test_steps_that_are_not_short_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "AHEAD_SECONDS", 0.0)
+    model = load_model("nano", dtype="bfloat16", quantization="stored", progress=False)
+    calls = count_drafts(monkeypatch, "trunk_ahead")
+    one_by_one = drive_all(EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512)), 3)
+    num_calls = len(calls)
+    monkeypatch.setattr(network, "AHEAD_SECONDS", 10.0)
+    assert drive_all(EngineCore(model, EngineConfig(max_num_seqs=4, max_model_len=512)), 3) == one_by_one
+    assert len(calls) - num_calls < num_calls

@@ -82,6 +82,20 @@ def test_drafts_that_become_right_are_noticed_by_probes() -> None:
     assert chosen[-1000:].count(3) > 950
 
 
+def test_several_steps_after_one_choice_count_as_such() -> None:
+    """The choice stands for no more of them, and probes stay as short."""
+    controller, seconds = DepthController(3), [1.0, 1.1, 1.2, 1.3]
+    taken = [0, 0, 0, 0]
+    while sum(taken) < 4000:
+        depth = controller.choose([[0.9, 0.9, 0.9]])
+        num_steps = controller.num_steps if depth in (0, 3) else 1
+        assert num_steps <= DepthController.HOLD
+        controller.observe(1, depth, num_steps * seconds[depth], num_steps)
+        taken[depth] += num_steps
+    assert taken[3] / sum(taken) > 0.97
+    assert min(taken) > DepthController.WARM_UP_SAMPLES
+
+
 def test_a_change_of_cost_is_noticed() -> None:
     controller = DepthController(3)
     seconds = [1.0, 1.1, 1.2, 1.3]

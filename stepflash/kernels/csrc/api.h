@@ -20,7 +20,7 @@ struct LinearArgs {
   int num_threads;
   int64_t num_tokens, k;
   View x, norm_weight;  // norm_weight present: x is first normalised, times 1 + weight
-  const int64_t* x_rows = nullptr;  // token t reads row x_rows[t] of x; nullptr: row t
+  const int64_t* x_rows = nullptr;  // token t reads row x_rows[t] of x, gate and residuals; nullptr: row t
   float eps;
   View gate;            // present: x[t, h * k / num_heads + d] is first multiplied by sigmoid(gate[t, h])
   int64_t num_heads;
@@ -141,6 +141,7 @@ struct NetworkArgs {
   int64_t max_blocks[2];
   const int32_t *seq_lens, *cu_seqlens;
   View hidden;  // the result of the last layer, [num_tokens, hidden_size]
+  bool only_logit_rows = false;    // just those rows of it are wanted, [num_logit_rows, hidden_size]
   View final_norm;
   Packed head;
   const int64_t* logit_rows;       // tokens whose logits are wanted

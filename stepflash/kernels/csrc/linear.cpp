@@ -51,12 +51,13 @@ struct LinearPlan {
 
 // Token t as the records that the weights need.
 SF_INLINE void prepare_token(const LinearArgs& args, const Records& records, int64_t t, float* row, uint8_t* base) {
-  load_row(args.x, args.x_rows ? args.x_rows[t] : t, args.k, row);
+  const int64_t from = args.x_rows ? args.x_rows[t] : t;
+  load_row(args.x, from, args.k, row);
   std::memset(row + args.k, 0, (round_up(args.k, 256) - args.k) * 4);
   if (args.norm_weight.data) norm_row(row, args.k, args.norm_weight, args.eps);
   if (args.gate.data) {
     float gate[512];
-    load_row(args.gate, t, args.num_heads, gate);
+    load_row(args.gate, from, args.num_heads, gate);
     for (int64_t h = 0; h < args.num_heads; h += LANES) store(gate + h, sigmoid(load(gate + h)));
     const int64_t head_dim = args.k / args.num_heads;
     for (int64_t h = 0; h < args.num_heads; ++h)
@@ -66,6 +67,13 @@ SF_INLINE void prepare_token(const LinearArgs& args, const Records& records, int
   for (int i = 0; i < records.count; ++i)
     write_record(records.formats[i], records.layouts[i], row, 0, padded_k(records.formats[i], args.k),
                  base + records.offsets[i] + t * records.layouts[i].bytes);
+}
+
+// What is added to row t of the output, as row t.
+SF_INLINE View residual_of(const LinearArgs& args, int w, int64_t t) {
+  View view = args.residuals[w];
+  if (args.x_rows && view.data) view.data = (char*)view.data + (args.x_rows[t] - t) * view.stride * (view.is_float ? 4 : 2);
+  return view;
 }
 
 int64_t linear_scratch(const LinearArgs& args) { return LinearPlan(args).layout.bytes; }
@@ -96,7 +104,7 @@ void linear(Team& team, const LinearArgs& args, uint8_t* scratch) {
         const uint8_t* next = p + 1 < plan.first_panel[w + 1] || w + 1 == args.num_weights ? weight.panel(panel + 1) : args.weights[w + 1].data;
         TILES[weight.format](weight.panel(panel), bytes_ahead(k, weight.panel(panel), next), k, record, tokens, m, out);
         const int64_t rows = weight.n - row0 < PANEL ? weight.n - row0 : PANEL;
-        for (int i = 0; i < m; ++i) store_row(args.outs[w], args.residuals[w], t + i, row0, rows, out + i * PANEL);
+        for (int i = 0; i < m; ++i) store_row(args.outs[w], residual_of(args, w, t + i), t + i, row0, rows, out + i * PANEL);
       }
       t += m;
     }

@@ -38,12 +38,13 @@ static void add_output(LinearArgs& a, const Packed& weight, const View& out, con
   ++a.num_weights;
 }
 
-// The operations of a layer with their operands.
+// The operations of a layer with their operands. Of all but its keys and values only the rows of the logits are wanted where is_cut.
 struct LayerOps {
   const NetworkArgs& args;
   const NetworkPlan& plan;
   const LayerArgs& layer;
   uint8_t* base;
+  bool is_cut = false;
 
   View q() const { return rows_at(args, base + plan.q, layer.num_heads * layer.head_dim); }
   View k() const { return rows_at(args, base + plan.k, layer.num_kv_heads * layer.head_dim); }
@@ -87,13 +88,14 @@ struct LayerOps {
   LinearArgs output(const View& x, const View& out) const {
     LinearArgs a = linear_args(args, attended(), layer.num_heads * layer.head_dim, View());
     a.gate = gate(), a.num_heads = layer.num_heads;
+    if (is_cut) a.num_tokens = args.num_logit_rows, a.x_rows = args.logit_rows;
     add_output(a, layer.o, out, x);
     return a;
   }
 
   MoeArgs feed_forward(const View& x, const View& out) const {
     MoeArgs a = layer.feed_forward;
-    a.num_threads = args.num_threads, a.num_tokens = args.num_tokens;
+    a.num_threads = args.num_threads, a.num_tokens = is_cut ? args.num_logit_rows : args.num_tokens;
     a.x = a.residual = x, a.out = out;
     return a;
   }
@@ -107,10 +109,12 @@ static LinearArgs join_args(const NetworkArgs& args, uint8_t* joined, const View
 
 static LinearArgs head_args(const NetworkArgs& args) {
   LinearArgs a = linear_args(args, args.hidden, args.hidden_size, args.final_norm);
-  a.num_tokens = args.num_logit_rows, a.x_rows = args.logit_rows;
+  a.num_tokens = args.num_logit_rows, a.x_rows = args.only_logit_rows ? nullptr : args.logit_rows;
   add_output(a, args.head, args.logits);
   return a;
 }
+
+static bool is_cut(const NetworkArgs& args, int64_t layer) { return args.only_logit_rows && layer + 1 == (int64_t)args.layers->size(); }
 
 // Layers whose heads and windows agree attend alike.
 static bool attend_alike(const LayerArgs& a, const LayerArgs& b) {
@@ -140,7 +144,7 @@ NetworkPlan::NetworkPlan(const NetworkArgs& args) {
   }
   const View none;
   for (int64_t i = 0; i < (int64_t)args.layers->size(); ++i) {
-    const LayerOps ops{args, *this, (*args.layers)[i], nullptr};
+    const LayerOps ops{args, *this, (*args.layers)[i], nullptr, is_cut(args, i)};
     scratch = std::max({scratch, linear_scratch(ops.projections(none)), linear_scratch(ops.output(none, none)),
                         attention_scratch(ops.attention(), plans[plan_of[i]]), moe_scratch(ops.feed_forward(none, none))});
   }
@@ -209,7 +213,7 @@ static void run(Team& team, const NetworkArgs& args, const NetworkPlan& plan, ui
   team.share(args.num_tokens, [&](int64_t t) { start_token(args, plan, base, x, t); });
   if (args.previous.data) linear(team, join_args(args, base + plan.joined, x), scratch);
   for (int64_t i = 0; i < (int64_t)args.layers->size(); ++i) {
-    const LayerOps ops{args, plan, (*args.layers)[i], base};
+    const LayerOps ops{args, plan, (*args.layers)[i], base, is_cut(args, i)};
     linear(team, ops.projections(x), scratch);
     const Rotation rotation{ops.rope(), ops.write()};
     attention(team, ops.attention(), plan.plans[plan.plan_of[i]], scratch, &rotation);

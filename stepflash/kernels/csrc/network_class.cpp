@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 
 #include "tensors.h"
@@ -117,35 +118,36 @@ class Network : public torch::CustomClassHolder {
     return {hidden, logits, best, std::vector<double>(best_logit.begin(), best_logit.end())};
   }
 
-  // A pass of the trunk over verifying sequences and, if their drafts turn out as expected, their next drafts at once. Span j is the last known
-  // token of a greedy sequence and its drafts; it may take rooms[j] tokens more. Every module has read all known tokens, and pending holds, by
-  // module from the second, then by sequence, the row that the module reads next. Returns hidden states, best tokens and their logits, all of every
-  // token, and what `draft` returns; that is empty if a logit is not finite, or if a sequence ends here or has no room for `depth` drafts.
-  std::tuple<Tensor, Ints, std::vector<double>, Packs, Packs, Ints, std::vector<double>, Packs> run_ahead(const Ints& token_ids, const Ints& lengths, const Ints& starts,
-                                                                                                            const Ints& table_rows, const Ints& rooms, const Ints& stop_ids,
-                                                                                                            const Packs& pending, int64_t depth) {
+  // Decoding greedily with drafts: passes of the trunk over verifying sequences, each with the next drafts if all goes on. Span j is the last
+  // known token of a sequence and its drafts; it may take rooms[j] tokens more, and its blocks reach to slot reaches[j]. Every module has read all
+  // known tokens, and pending holds, by module from the second, then by sequence, the row that the module reads next. There are up to max_steps
+  // steps, as long as max_seconds promise to suffice and every sequence goes on; with single_blocks none after one that has filled a block.
+  // Returns the new tokens of all steps but the last, step by step, how many each sequence got, then what the last step verified and its `pending`;
+  // of the last step hidden states, best tokens and their logits, all of every token; and what `draft` returned, which is empty if a logit is not
+  // finite, or if a sequence ends there or has no room for `depth` drafts.
+  using Before = std::tuple<Ints, Ints, Ints, Packs>;
+  using Last = std::tuple<Tensor, Ints, std::vector<double>>;
+  using Drafts = std::tuple<Packs, Packs, Ints, std::vector<double>, Packs>;
+  std::tuple<Before, Last, Drafts> run_ahead(
+      const Ints& token_ids, const Ints& lengths, const Ints& starts, const Ints& table_rows, Ints rooms, const Ints& reaches, const Ints& stop_ids, const Packs& pending,
+      int64_t depth, int64_t max_steps, double max_seconds, bool single_blocks) {
     const int64_t num_seqs = (int64_t)lengths.size();
-    TORCH_CHECK(next_ && depth >= 1 && (int64_t)rooms.size() == num_seqs && (int64_t)pending.size() == (depth - 1) * num_seqs, "network: run_ahead needs modules, one room for each span and a row for each later module and span");
-    Ints rows(token_ids.size());
-    std::iota(rows.begin(), rows.end(), 0);
-    auto [hidden, logits, best, best_logits] = run(token_ids, lengths, starts, table_rows, 0, std::nullopt, rows);
-    bool goes_on = std::all_of(best_logits.begin(), best_logits.end(), [](double x) { return std::isfinite(x); });
-    Packs states, unread(num_seqs, hidden.narrow(0, 0, 0));
-    Ints first_slots, module_starts, offsets, num_known, new_ids;
-    for (int64_t j = 0, begin = 0; j < num_seqs && goes_on; begin += lengths[j++]) {
-      int64_t count = 1;  // of new tokens
-      while (count < lengths[j] && token_ids[begin + count] == best[begin + count - 1]) ++count;
-      const auto first = best.begin() + begin;
-      goes_on = count + depth < rooms[j] && std::find_first_of(first, first + count, stop_ids.begin(), stop_ids.end()) == first + count;
-      states.push_back(hidden.narrow(0, begin, count));
-      first_slots.push_back(starts[j] + 1), num_known.push_back(starts[j] + 1 + count);
-      offsets.push_back((int64_t)new_ids.size()), new_ids.insert(new_ids.end(), first, first + count);
+    TORCH_CHECK(next_ && depth >= 1 && (int64_t)rooms.size() == num_seqs && (int64_t)reaches.size() == num_seqs && (int64_t)pending.size() == (depth - 1) * num_seqs,
+                "network: run_ahead needs modules, one room and reach for each span and a row for each later module and span");
+    const auto begin = std::chrono::steady_clock::now();
+    Ints earlier, counts;
+    Step step = step_ahead({token_ids, lengths, starts, pending}, table_rows, rooms, stop_ids, depth);
+    for (int64_t done = 1; done < max_steps && may_repeat(step, reaches, stop_ids, depth, single_blocks); ++done) {
+      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+      if (spent.count() * (done + 1) > max_seconds * done) break;
+      for (int64_t j = 0; j < num_seqs; ++j) rooms[j] -= step.counts[j];
+      Step following = step_ahead(after(step, depth), table_rows, rooms, stop_ids, depth);
+      if (!all_finite(following.best_logits)) break;  // the next call fails at it, with nothing but it to lose
+      earlier.insert(earlier.end(), step.new_ids.begin(), step.new_ids.end()), counts.insert(counts.end(), step.counts.begin(), step.counts.end());
+      step = std::move(following);
     }
-    if (!goes_on) return {hidden, best, best_logits, {}, {}, {}, {}, {}};
-    for (int64_t m = 0; m < depth; ++m) module_starts.insert(module_starts.end(), first_slots.begin(), first_slots.end());
-    unread.insert(unread.end(), pending.begin(), pending.end());
-    auto [read, left, drafts, draft_logits, following] = next_->draft(states, unread, module_starts, new_ids, offsets, first_slots, num_known, table_rows);
-    return {hidden, best, best_logits, read, left, drafts, draft_logits, following};
+    return {Before{earlier, counts, step.from.token_ids, step.from.pending}, Last{step.hidden, step.best, step.best_logits},
+            Drafts{step.read, step.left, step.drafts, step.draft_logits, step.unread}};
   }
 
   // The module whose drafts follow this one's; after the trunk comes the first.
@@ -155,10 +157,10 @@ class Network : public torch::CustomClassHolder {
   // job per sequence. hidden_states: by job, what the trunk left at its newest slots. By module, then by job:
   // `pending`, what the module has not read of the one before (empty: nothing), and `starts`, its first slot to run.
   // By job: token_ids[offsets[j] ...] are its known tokens from slot first_slots[j] on, num_known tokens in all, and table_rows, its row in the tables.
-  // Returns by module the rows that it read and its hidden states, jobs end to end; module by module, each job's draft and its logit; and by
-  // module from the second, then by job, the row that it reads next (empty: none).
-  std::tuple<Packs, Packs, Ints, std::vector<double>, Packs> draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids,
-                                                                     const Ints& offsets, const Ints& first_slots, const Ints& num_known, const Ints& table_rows) {
+  // Returns by module the rows that it read and its hidden states, jobs end to end, of the last of all modules one row per job; module by module,
+  // each job's draft and its logit; and by module from the second, then by job, the row that it reads next (empty: none).
+  Drafts draft(const Packs& hidden_states, const Packs& pending, const Ints& starts, const Ints& token_ids, const Ints& offsets, const Ints& first_slots,
+               const Ints& num_known, const Ints& table_rows) {
     const int64_t jobs = (int64_t)hidden_states.size(), modules = jobs ? (int64_t)starts.size() / jobs : 0;
     int64_t most = 1;
     for (Network* module = this; (module = module->next_.get());) ++most;
@@ -185,7 +187,9 @@ class Network : public torch::CustomClassHolder {
       batch.width = batches[0].width, batch.tables[0] = batches[0].tables[0], batch.tables[1] = batches[0].tables[1];
       batch.start(jobs, bounds[jobs]);
       sources[m].assign(bounds[jobs], nullptr);
-      Tensor rows = at::empty({bounds[jobs], args_.hidden_size}, options), hidden = at::empty({bounds[jobs], args_.hidden_size}, options);
+      // Nobody reads what the last module leaves; its keys and values, and what it proposes, are all that is wanted.
+      const bool is_last = !module->next_;
+      Tensor rows = at::empty({bounds[jobs], args_.hidden_size}, options), hidden = at::empty({is_last ? jobs : bounds[jobs], args_.hidden_size}, options);
       for (int64_t j = 0; j < jobs; ++j) {
         // What is still unread of the module before, then what it has just left.
         const Tensor& unread = pending[m * jobs + j];
@@ -214,7 +218,7 @@ class Network : public torch::CustomClassHolder {
       NetworkArgs a = module->pass(batch);
       a.previous = view(rows, "previous");
       a.hidden = view(hidden, "hidden"), a.drafted = drafts.data(), a.previous_from = sources[m].data();
-      a.num_logit_rows = jobs, a.logit_rows = last.data() + m * jobs;
+      a.num_logit_rows = jobs, a.logit_rows = last.data() + m * jobs, a.only_logit_rows = is_last;
       a.logits = view(logits, "logits"), a.best = drafts.data() + m * jobs, a.best_logit = values.data() + m * jobs;
       module->check(a, m * jobs);
       passes.push_back(a), read.push_back(rows), left.push_back(hidden);
@@ -234,6 +238,83 @@ class Network : public torch::CustomClassHolder {
   Tensor tables_[2];
   int64_t block_size_ = 0, vocab_size_ = 0;
   at::ScalarType type_;
+
+  // What a step of run_ahead starts from, and what it comes to. By sequence: `counts` of `new_ids`; the rest as run_ahead has it.
+  struct Spans {
+    Ints token_ids, lengths, starts;
+    Packs pending;
+  };
+  struct Step {
+    Spans from;
+    Tensor hidden;
+    Ints best;
+    std::vector<double> best_logits;
+    Ints counts, new_ids;
+    Packs read, left;
+    Ints drafts;  // none if not every sequence goes on
+    std::vector<double> draft_logits;
+    Packs unread;
+  };
+
+  static bool all_finite(const std::vector<double>& values) {
+    return std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
+  }
+
+  Step step_ahead(Spans from, const Ints& table_rows, const Ints& rooms, const Ints& stop_ids, int64_t depth) {
+    const Ints &ids = from.token_ids, &lengths = from.lengths, &starts = from.starts;
+    const int64_t num_seqs = (int64_t)lengths.size();
+    Step step;
+    Ints rows(ids.size());
+    std::iota(rows.begin(), rows.end(), 0);
+    Tensor logits;
+    std::tie(step.hidden, logits, step.best, step.best_logits) = run(ids, lengths, starts, table_rows, 0, std::nullopt, rows);
+    bool goes_on = all_finite(step.best_logits);
+    Packs states, unread(num_seqs, step.hidden.narrow(0, 0, 0));
+    Ints first_slots, module_starts, offsets, num_known;
+    for (int64_t j = 0, begin = 0; j < num_seqs && goes_on; begin += lengths[j++]) {
+      int64_t count = 1;
+      while (count < lengths[j] && ids[begin + count] == step.best[begin + count - 1]) ++count;
+      const auto first = step.best.begin() + begin;
+      goes_on = count + depth < rooms[j] && std::find_first_of(first, first + count, stop_ids.begin(), stop_ids.end()) == first + count;
+      states.push_back(step.hidden.narrow(0, begin, count));
+      first_slots.push_back(starts[j] + 1), num_known.push_back(starts[j] + 1 + count), offsets.push_back((int64_t)step.new_ids.size());
+      step.new_ids.insert(step.new_ids.end(), first, first + count), step.counts.push_back(count);
+    }
+    if (goes_on) {
+      for (int64_t m = 0; m < depth; ++m) module_starts.insert(module_starts.end(), first_slots.begin(), first_slots.end());
+      unread.insert(unread.end(), from.pending.begin(), from.pending.end());
+      std::tie(step.read, step.left, step.drafts, step.draft_logits, step.unread) =
+          next_->draft(states, unread, module_starts, step.new_ids, offsets, first_slots, num_known, table_rows);
+    }
+    step.from = std::move(from);
+    return step;
+  }
+
+  // Whether what follows a step can be computed as it stands, without anybody's help.
+  bool may_repeat(const Step& step, const Ints& reaches, const Ints& stop_ids, int64_t depth, bool single_blocks) const {
+    if (step.drafts.empty() || !all_finite(step.draft_logits)) return false;
+    if (std::find_first_of(step.drafts.begin(), step.drafts.end(), stop_ids.begin(), stop_ids.end()) != step.drafts.end()) return false;
+    for (size_t j = 0; j < step.counts.size(); ++j) {
+      const int64_t computed = step.from.starts[j] + step.counts[j];
+      // One known token and the drafts, then the drafts of the modules.
+      if (computed + 1 + 2 * depth > reaches[j]) return false;
+      if (single_blocks && computed / block_size_ > step.from.starts[j] / block_size_) return false;
+    }
+    return true;
+  }
+
+  static Spans after(const Step& step, int64_t depth) {
+    const int64_t num_seqs = (int64_t)step.counts.size();
+    Spans spans;
+    for (int64_t j = 0, end = 0; j < num_seqs; ++j) {
+      end += step.counts[j];
+      spans.token_ids.push_back(step.new_ids[end - 1]);
+      for (int64_t m = 0; m < depth; ++m) spans.token_ids.push_back(step.drafts[m * num_seqs + j]);
+      spans.lengths.push_back(1 + depth), spans.starts.push_back(step.from.starts[j] + step.counts[j]);
+    }
+    spans.pending = step.unread;
+    return spans;
+  }
 
   // Tokens and tables of a pass. per_token: ids, positions, slots of both groups. per_sequence: num_seqs + 1 token boundaries, then slots in use.
   struct Batch {
