@@ -228,10 +228,7 @@ class EngineCore:
             return outputs
         depth, max_steps = self._choose_depth(plan)
         num_captured = self.runner.num_captured
-        single_blocks = self.prefix is not None  # the states at each boundary are wanted
-        results, failures = _isolated(
-            lambda items: self.runner.run_trunk(items, depth, max_steps, single_blocks=single_blocks), plan
-        )
+        results, failures = self._run_trunk(plan, depth, max_steps)
         num_steps = 1 + max((len(result.earlier) for _, result in results), default=0)
         self._counters["steps"] += num_steps
         outputs += [self._fail(item.seq, error) for item, error in failures]
@@ -345,6 +342,23 @@ class EngineCore:
         if not adaptive:
             return 0, MAX_STEPS_AHEAD
         return self.depth.choose(adaptive), self.depth.num_steps
+
+    def _run_trunk(
+        self, plan: Seq[Scheduled], depth: int, max_steps: int
+    ) -> tuple[list[tuple[Scheduled, TrunkResult]], list[tuple[Scheduled, Exception]]]:
+        """Results and failures. A guess that cannot be computed is no failure of who has not said it."""
+
+        def run(items: Seq[Scheduled]) -> list[TrunkResult]:
+            # With a prefix cache the states at each block's end are wanted.
+            return self.runner.run_trunk(items, depth, max_steps, single_blocks=self.prefix is not None)
+
+        results, failures = _isolated(run, plan)
+        guesses = [replace(item, drafts=()) for item, _ in failures if item.drafts]
+        if guesses:
+            more, still = _isolated(run, guesses)
+            results += more
+            failures = [(item, error) for item, error in failures if not item.drafts] + still
+        return results, failures
 
     def _commit(self, item: Scheduled, result: TrunkResult) -> Output:
         """Take over what the trunk said: tokens, progress, statistics."""

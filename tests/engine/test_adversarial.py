@@ -9,7 +9,7 @@ say or to be given it is an error, to have it guessed is none.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -21,6 +21,7 @@ from stepflash.engine import saver
 from stepflash.engine.core import EngineConfig, EngineCore
 from stepflash.engine.kv_cache import FULL, SLIDING
 from stepflash.engine.request import Request, SamplingParams
+from stepflash.engine.scheduler import Scheduled
 from stepflash.errors import ConfigError
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.load import load_model
@@ -208,6 +209,39 @@ def test_each_good_request_gets_what_it_gets_alone(
         core.saver.settle()
     for number, job in enumerate(work):
         check(packed, config, job, finished[f"r{number}"])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_guess_that_is_not_a_number_harms_nobody(
+    packed: Step3p5ForCausalLM, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its values are not numbers either, and rows before it, which do not look at it, multiply them by zero."""
+    found, guesses = [], list[Scheduled]()
+    for draft_depth in (0, depth):
+        core = EngineCore(
+            packed, EngineConfig(max_model_len=MAX_MODEL_LEN, max_num_seqs=2, eos_token_ids=EOS)
+        )
+        run = core.runner.run_trunk
+
+        def watched(
+            plan: Sequence[Scheduled], *rest: object, run: Callable[..., object] = run, **more: object
+        ) -> object:
+            guesses.extend(plan)
+            return run(plan, *rest, **more)
+
+        monkeypatch.setattr(core.runner, "run_trunk", watched)
+        requests = [
+            Request(
+                request_id=name,
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(max_tokens=20, temperature=0.0, draft_depth=draft_depth),
+            )
+            for name, prompt in (("guesses", (10, 11, 14, 19, 26, 35, 46)), ("other", (5, 6, 7)))
+        ]
+        found.append({name: one.token_ids for name, one in drive(core, *requests).items()})
+    assert any(POISON in item.drafts for item in guesses)
+    assert len(found[0]["guesses"]) == 20
+    assert found[0] == found[1]
 
 
 def check(model: Step3p5ForCausalLM, config: EngineConfig, job: Job, found: Finished) -> None:
