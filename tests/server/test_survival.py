@@ -118,14 +118,14 @@ def _break_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch, poison: list[
     run_trunk, compute_logits = runner.run_trunk, type(runner.model).compute_logits
     state = {"is_poisoned": False}
 
-    def watched(plan: Any, *rest: Any) -> Any:
+    def watched(plan: Any, *rest: Any, **more: Any) -> Any:
         width = len(poison)
         state["is_poisoned"] = any(
             list(item.seq.token_ids[i : i + width]) == poison
             for item in plan
             for i in range(item.seq.num_prompt_tokens)
         )
-        return run_trunk(plan, *rest)
+        return run_trunk(plan, *rest, **more)
 
     def broken(self: Any, hidden_states: Any) -> Any:
         logits = compute_logits(self, hidden_states)
