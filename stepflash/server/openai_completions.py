@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -74,6 +75,24 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
     )
 
 
+class TokenTexts:
+    """Texts of a choice's tokens, one after the other, and where each begins, in characters of the text."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def text(self, token_id: int) -> str:
+        return self._token_bytes(token_id).decode("utf-8", "replace")
+
+    def advance(self, token_id: int) -> int:
+        """Where this token begins; the next one begins behind it."""
+        begin = self._num_characters
+        self._num_characters += len(self._decoder.decode(self._token_bytes(token_id)))
+        return begin
+
+
 async def frames(
     head: ResponseHead,
     batches: AsyncGenerator[tuple[int, list[StreamItem]]],
@@ -84,9 +103,10 @@ async def frames(
     """The streamed reply; `echoed` holds what each choice begins with."""
     usages = [Usage()] * len(echoed)
     pending: list[list[TokenLogprob]] = [[] for _ in echoed]
+    texts = [TokenTexts(token_bytes) for _ in echoed]
     for index, text in enumerate(echoed):
         if text:
-            yield frame(response(head, [choice(index, text, None, (), token_bytes)], None))
+            yield frame(response(head, [choice(index, text, None, (), texts[index])], None))
     async with aclosing(batches):
         async for index, batch in batches:
             parts = []
@@ -105,7 +125,7 @@ async def frames(
                         reason = item.reason
                 logprobs, pending[index] = pending[index], []
                 running = total_usage(usages, request.num_choices) if request.continuous_usage else None
-                choices = [choice(index, text, reason, logprobs, token_bytes)]
+                choices = [choice(index, text, reason, logprobs, texts[index])]
                 parts.append(frame(response(head, choices, running)))
             if parts:
                 yield b"".join(parts)
@@ -118,13 +138,13 @@ def choice(
     text: str,
     reason: str | None,
     logprobs: Sequence[TokenLogprob],
-    token_bytes: TokenBytes,
+    texts: TokenTexts,
 ) -> dict[str, Any]:
     """A choice object; those of a stream differ from a whole one in their text alone."""
     return {
         "index": index,
         "text": text,
-        "logprobs": _logprobs(logprobs, token_bytes) if logprobs else None,
+        "logprobs": _logprobs(logprobs, texts) if logprobs else None,
         "finish_reason": None if reason is None else finish_reason(reason),
     }
 
@@ -145,7 +165,7 @@ def response(head: ResponseHead, choices: Sequence[Mapping[str, Any]], usage: Us
 
 def answer_choice(index: int, answer: Answer, echoed: str, token_bytes: TokenBytes) -> dict[str, Any]:
     text = echoed + (answer.content or "")
-    return choice(index, text, answer.finish_reason, answer.logprobs, token_bytes)
+    return choice(index, text, answer.finish_reason, answer.logprobs, TokenTexts(token_bytes))
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
@@ -158,14 +178,12 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str
     )
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
-    def text(token_id: int) -> str:
-        return token_bytes(token_id).decode("utf-8", "replace")
-
+def _logprobs(logprobs: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
     return {
-        "tokens": [text(token.token_id) for token in logprobs],
+        "tokens": [texts.text(token.token_id) for token in logprobs],
         "token_logprobs": [finite(token.logprob) for token in logprobs],
         "top_logprobs": [
-            {text(token_id): finite(value) for token_id, value in token.top} for token in logprobs
+            {texts.text(token_id): finite(value) for token_id, value in token.top} for token in logprobs
         ],
+        "text_offset": [texts.advance(token.token_id) for token in logprobs],
     }

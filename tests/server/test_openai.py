@@ -510,17 +510,26 @@ def test_unknown_routes_and_methods_have_the_error_body() -> None:
 
 
 def test_completion_whole_and_streamed() -> None:
-    client = client_of(scripted_session(" world</think>" + END, bursts=[3]))
+    text = " wörld ∞</think>"
+    client = client_of(scripted_session(text + END, bursts=[3]))
     body = {"model": "scripted", "prompt": "hello", "max_tokens": 50, "logprobs": 1}
     whole = client.post("/v1/completions", json=body).json()
     (choice,) = whole["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (" world</think>", "stop")
-    assert "".join(choice["logprobs"]["tokens"]) == " world</think>"
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    # A token of whole characters stands where its offset says.
+    assert len(tokens) == len(offsets) > 5
+    assert offsets[0] == 0
+    assert all(
+        text.startswith(token, at) for token, at in zip(tokens, offsets, strict=True) if "�" not in token
+    )
+    assert offsets == sorted(offsets)
     chunks = frames(client.post("/v1/completions", json={**body, "stream": True}))
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " world</think>"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    tokens = [c["choices"][0]["logprobs"]["tokens"] for c in chunks if c["choices"][0]["logprobs"]]
-    assert list(itertools.chain(*tokens)) == choice["logprobs"]["tokens"]
+    told = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    for name in ("tokens", "text_offset"):
+        assert list(itertools.chain(*(part[name] for part in told))) == choice["logprobs"][name]
 
 
 def test_completion_of_several_prompts() -> None:
