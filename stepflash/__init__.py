@@ -6,6 +6,7 @@ The public names are imported when they are first used, so that importing the pa
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from stepflash.engine.request import SamplingParams
     from stepflash.model.config import ModelConfig
     from stepflash.weights.load import load_model
+
+# GNU OpenMP's threads spin for some 5 ms after an operation that torch runs on several of them, and take the cores from
+# the kernels' own; with this for half a millisecond, enough for operations that follow one another. Read when torch
+# is loaded; who has set either is heard.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "ModelConfig", "RequestOutput", "SamplingParams", "__version__", "load_model"]

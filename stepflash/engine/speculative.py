@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -236,7 +237,7 @@ def _leave_behind(job: DraftJob, block_size: int) -> None:
         return _keep_carries(job, (), block_size)
     before, rows = job.mtp.pending[0], job.hidden_states
     if rows.shape[0]:
-        job.mtp.pending[0] = _kept(rows, rows) if before is None else torch.cat((before, rows))
+        job.mtp.pending[0] = _kept(rows, rows) if before is None else _joined(before, rows)
 
 
 def _is_plain(job: DraftJob, depth: int, max_deferred: int) -> bool:
@@ -459,4 +460,13 @@ def _keep_carries(job: DraftJob, feeds: _Feeds, block_size: int) -> None:
 def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first
-    return torch.cat((first, second))
+    return _joined(first, second)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both. torch would copy more than 64 KB with several threads, which then look out for more work and keep
+    the kernels' own from theirs (see `stepflash/__init__.py`)."""
+    if first.device.type != "cpu":
+        return torch.cat((first, second))
+    parts = [rows.contiguous().view(torch.uint8).numpy() for rows in (first, second)]
+    return torch.from_numpy(np.concatenate(parts)).view(first.dtype)
