@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from stepflash.model.config import ModelConfig
     from stepflash.weights.load import load_model
 
-# GNU OpenMP's threads spin for some 5 ms after an operation that torch runs on several of them, and take the cores from
-# the kernels' own; with this for half a millisecond, enough for operations that follow one another. Read when torch
-# is loaded; who has set either is heard.
+# GNU OpenMP's threads spin for some 5 ms after an operation that torch runs on several of them, and take the cores
+# from the kernels' own; with this for half a millisecond, enough for operations that follow one another. Read when
+# torch is loaded; who has set either is heard.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
