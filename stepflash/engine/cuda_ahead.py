@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stepflash.engine.batch import Span, TokenBatch
-from stepflash.engine.cuda_forward import forward_of
+from stepflash.engine.cuda_forward import Forward
 from stepflash.engine.cuda_replay import MOST, Graphs, Staged, Tables, round_up, size_for
 from stepflash.engine.kv_cache import MAX_MODULES, KVCache
 from stepflash.engine.network import Ahead, Drafts, Pass
@@ -148,11 +148,16 @@ class AheadPasses:
     """Buffers of these passes, and the passes over them."""
 
     def __init__(
-        self, model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int, graphs: Graphs, tables: Tables
+        self,
+        model: Step3p5ForCausalLM,
+        cache: KVCache,
+        vocab_limit: int,
+        forward: Forward,
+        graphs: Graphs,
+        tables: Tables,
     ) -> None:
         self._model, self._cache, self._vocab_limit = model, cache, vocab_limit
-        self._graphs, self._tables = graphs, tables
-        self._forward = forward_of(model, cache)
+        self._forward, self._graphs, self._tables = forward, graphs, tables
         device, embedding = cache.device, model.model.embed_tokens.weight
         num_passes = 1 + MAX_MODULES
         self._staged = Staged(

@@ -67,7 +67,7 @@ class GraphNetwork:
         self._forward = forward_of(model, cache)
         self._graphs = Graphs(cuda_capture(cache.device) if capture is None else capture)
         self._tables = Tables(cache)
-        self._ahead = AheadPasses(model, cache, vocab_limit, self._graphs, self._tables)
+        self._ahead = AheadPasses(model, cache, vocab_limit, self._forward, self._graphs, self._tables)
         device, dtype = cache.device, model.model.embed_tokens.weight.dtype
         self._staged = Staged(16 * MOST, device)
         self._tokens = {size: _Tokens(self._staged, size) for size in SIZES}
