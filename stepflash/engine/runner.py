@@ -19,7 +19,7 @@ from stepflash.engine.cuda_graphs import GraphNetwork
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import Ahead, Drafts, ModelNetwork, NativeNetwork, Network
 from stepflash.engine.request import TokenLogprob
-from stepflash.engine.sampler import Choice, Row, Sampler, are_greedy
+from stepflash.engine.sampler import Choice, Row, Sampler
 from stepflash.engine.scheduler import Scheduled
 from stepflash.engine.sequence import Sequence
 from stepflash.engine.speculative import (
@@ -131,8 +131,9 @@ class Runner:
                     rows += rows_to_verify(item.seq, item.drafts, self.sampler)
                     row_indices += range(end - len(item.drafts) - 1, end)
             done = self.network.trunk(spans, row_indices)
-            greedy = done.greedy if are_greedy(rows) else None
-            choice = self.sampler.choose(done.logits, rows, greedy) if rows else Choice([], [])
+            choice = Choice([], [])
+            if rows:
+                choice = self.sampler.choose(done.logits, rows, lambda: done.greedy)
             chosen, logprobs, is_finite = choice.token_ids, choice.logprobs, choice.is_finite
         hidden_states = done.hidden_states
         results, row, end = [], 0, 0

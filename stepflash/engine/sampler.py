@@ -11,7 +11,7 @@ distribution and are accepted with probability at least (1 - d) / (1 + d), d the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,14 +110,18 @@ class Sampler:
         return state
 
     def choose(
-        self, logits: Tensor, rows: Sequence[Row], greedy: tuple[list[int], list[float]] | None = None
+        self,
+        logits: Tensor,
+        rows: Sequence[Row],
+        greedy: Callable[[], tuple[list[int], list[float]] | None] = lambda: None,
     ) -> Choice:
         """Choose one token per row.
 
         Args:
             logits: [num_rows, vocab_size] float32, unprocessed; not changed.
             rows: what applies to each row.
-            greedy: the best token of each row below the limit and its logit, if known already.
+            greedy: the best token of each row below the limit and its logit, if known already; asked only where
+                that decides.
         """
         raw = logits
         logits = logits[:, : self.vocab_limit]
@@ -127,8 +131,8 @@ class Sampler:
             for i in changed:
                 _apply(logits[i], rows[i])
         sampled = [i for i, row in enumerate(rows) if row.state.params.temperature >= GREEDY_BELOW]
-        if not sampled and not changed and greedy is not None:
-            return _choice(raw, rows, *greedy)
+        if not sampled and not changed and (known := greedy()) is not None:
+            return _choice(raw, rows, *known)
         if not sampled:
             best, chosen = logits.max(dim=-1)
             return _choice(raw, rows, *_on_host(chosen, best, None)[:2])
@@ -189,11 +193,6 @@ class Sampler:
         # -log1p(-u) keeps small exponentials, the winners, exact; below 1 or the rounding to 1 makes inf.
         exponential = -torch.log1p(-uniform.clamp_(max=1.0 - 2.0**-24))
         return -exponential.log()
-
-
-def are_greedy(rows: Sequence[Row]) -> bool:
-    """Whether every row takes the largest logit as the model gives it."""
-    return all(row.allowed is None and row.state.is_greedy for row in rows)
 
 
 def _on_host(chosen: Tensor, best: Tensor, is_enough: Tensor | None) -> tuple[list[int], list[float], bool]:

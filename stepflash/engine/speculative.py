@@ -27,7 +27,7 @@ from stepflash.engine.batch import Span
 from stepflash.engine.constraints import Constraint, allows, as_tensor
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import Drafts, NativeNetwork, Network, Pass
-from stepflash.engine.sampler import Row, Sampler, are_greedy
+from stepflash.engine.sampler import Row, Sampler
 from stepflash.engine.sequence import MtpState, Sequence
 from stepflash.errors import RequestError
 
@@ -406,7 +406,7 @@ def _draft(sampler: Sampler, drafting: Seq[_Work], done: Pass, module: int) -> N
         )
         for work in drafting
     ]
-    choice = sampler.choose(done.logits, rows, done.greedy if are_greedy(rows) else None)
+    choice = sampler.choose(done.logits, rows, lambda: done.greedy)
     for work, draft, is_finite in zip(drafting, choice.token_ids, choice.is_finite, strict=True):
         if not is_finite:
             work.depth = module - 1
