@@ -299,6 +299,7 @@ def _sampling(
     bias = {int(token_id): value for token_id, value in (fields.get("logit_bias") or {}).items()}
     # The tokens that end an answer are all in stop_token_ids; the engine's own list must not add to them.
     given |= {"stop_token_ids": tuple(given["stop_token_ids"]), "ignore_eos": True}
+    given["draft_depth"] = 3  # Both speculate at a depth that is set when they start.
     return SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=num_top, logit_bias=bias, **given)
 
 

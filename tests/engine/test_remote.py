@@ -117,7 +117,8 @@ def test_every_sampling_parameter_arrives(stand_in: StandIn, sampling: SamplingP
 
 def test_counts_of_the_upstream_are_ours(stand_in: StandIn) -> None:
     request = Request(request_id="r", prompt_token_ids=PROMPT, sampling=greedy())
-    expected = local(stand_in, request)[-1].stats  # also fills the cache
+    drafting = dataclasses.replace(request, sampling=greedy(draft_depth=3))
+    expected = local(stand_in, drafting)[-1].stats  # also fills the cache
     (outputs,) = remote(stand_in, dataclasses.replace(request, request_id="again"))
     stats = outputs[-1].stats
     assert stats.num_cached_tokens > 0
