@@ -3,8 +3,8 @@
 A file is a chain of safetensors, one behind the other. Each link adds blocks, windows and snapshots to those of the
 links before it, names the checksum of the last one, and ends with the SHA-256 of all its own bytes. Its metadata has
 a digest of the network that computed them. A file of another model, configuration or cache layout, or with a single
-byte changed, is refused, never reinterpreted. A link that was not written to its end, because the process was killed
-meanwhile, is not there. `saver` writes the links.
+byte changed, is never reinterpreted: the first is refused, the second put aside. A link that was not written to its
+end, because the process was killed meanwhile, is not there. `saver` writes the links.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ _READ_BYTES = 4 << 20
 _MAX_HEADER_BYTES = 1 << 30
 # Values of each parameter that enter the digest: enough to tell two trainings apart, few enough to be instant.
 _NUM_SAMPLES = 64
+
+
+class DamagedCache(Exception):
+    """What stands in a file cannot have been written like that. Says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,8 @@ def load(path: Path, cache: KVCache, prefix: PrefixCache, source: Origin) -> Pos
     """Fill an empty cache from a file, the most recent prefixes first if not all fit.
 
     Raises:
-        ConfigError: the file is damaged, or of another model or layout; delete it to go on.
+        ConfigError: the file is of another model or layout, or cannot be read.
+        DamagedCache: it is damaged; the cache is still empty.
     """
     try:
         with open(path, "rb") as file:
@@ -221,12 +226,26 @@ def load(path: Path, cache: KVCache, prefix: PrefixCache, source: Origin) -> Pos
             )
             _restore(links, cache, prefix, position)
             return position
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: the prefix cache cannot be read: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ConfigError(f"{path}: damaged prefix cache ({error}); delete it") from error
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        prefix.clear()
+        raise DamagedCache(str(error)) from error
+
+
+def put_aside(path: Path) -> Path:
+    """Give a damaged file another name, in the place of an earlier one; the new name.
+
+    Raises:
+        ConfigError: that cannot be.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        return path.replace(aside)
+    except OSError as error:
+        raise ConfigError(f"{path}: damaged prefix cache that cannot be moved: {error}; delete it") from error
 
 
 @dataclass(slots=True)
@@ -267,9 +286,6 @@ def _read_links(file: BinaryIO, path: Path, source: Origin) -> Iterator[_StoredL
                 raise ValueError("it is cut off")
             logger.warning("%s: %d bytes at its end were not written completely", path, size - start)
             return
-        metadata = link.header.pop("__metadata__")
-        if metadata["digest"] != source.digest:
-            raise ConfigError(f"{path}: {_difference(json.loads(metadata['origin']), source)}")
         file.seek(start)
         left, checksum = link.end - start - _CHECKSUM_BYTES, hashlib.sha256()
         while left:
@@ -278,6 +294,9 @@ def _read_links(file: BinaryIO, path: Path, source: Origin) -> Iterator[_StoredL
             left -= len(data)
         if file.read(_CHECKSUM_BYTES) != checksum.digest():
             raise ValueError("its bytes do not match its checksum")
+        metadata = link.header.pop("__metadata__")
+        if metadata["digest"] != source.digest:
+            raise ConfigError(_difference(json.loads(metadata["origin"]), source))
         if metadata["previous"] != previous:
             raise ValueError("its parts do not belong together")
         link.tree = json.loads(metadata["tree"])
@@ -289,14 +308,24 @@ def _read_links(file: BinaryIO, path: Path, source: Origin) -> Iterator[_StoredL
 
 
 def _read_header(file: BinaryIO, start: int, size: int) -> _StoredLink | None:
-    """The link that begins at `start`; None if the file ends before it does."""
+    """The link that begins at `start`; None if the file ends before it does.
+
+    Raises:
+        ConfigError: it is a whole header, and of something else.
+        ValueError, KeyError, TypeError, AttributeError: it is damaged.
+    """
     file.seek(start)
     num_bytes = int.from_bytes(file.read(8), "little")
     if start + 8 + num_bytes > size or num_bytes > _MAX_HEADER_BYTES:
         return None
     header = json.loads(file.read(num_bytes))
+    if not start and _CHECKSUM not in header and "digest" not in header.get("__metadata__", {}):
+        # Somebody's weights, most likely, which must stay where they are.
+        raise ConfigError("this is no prefix cache; choose another path")
     data = start + 8 + num_bytes
     end = data + header[_CHECKSUM]["data_offsets"][1]
+    if end < data + _CHECKSUM_BYTES:
+        raise ValueError("its header is wrong")
     return _StoredLink(file, header, {}, data, end, "") if end <= size else None
 
 
@@ -332,10 +361,32 @@ def _restore(links: Sequence[_StoredLink], cache: KVCache, prefix: PrefixCache, 
     taken = [
         dict(zip(rows[g], pool.allocate(len(rows[g])), strict=True)) for g, pool in enumerate(cache.pools)
     ]
+    try:
+        _fill(links, cache, taken)
+        for one in kept:
+            ids = [token_id for row in one.path for token_id in token_ids[row]]
+            node = prefix.insert(ids, [taken[FULL][row] for row in one.path])
+            carries = [one.link.read(f"carry.{one.index}.{k}") for k in range(cache.limits.num_modules)]
+            prefix.add_snapshot(
+                node,
+                one.first,
+                [taken[SLIDING][row] for row in one.windows],
+                tuple(c.to(cache.device) for c in carries),
+            )
+            position.nodes.update(zip(window_nodes(node, 0), one.path, strict=True))
+            position.windows.update(zip(window_nodes(node, one.first), one.windows, strict=False))
+            position.snapshots[node] = one.number
+    finally:  # the tree holds what it has
+        for group, blocks in enumerate(taken):
+            cache.pools[group].release(blocks.values())
+
+
+def _fill(links: Sequence[_StoredLink], cache: KVCache, taken: Sequence[dict[int, int]]) -> None:
+    """Read the rows of `taken`, by group, into the blocks that it names."""
     counts = [[len(link.tree["parents"]) for link in links], [link.tree["num_windows"] for link in links]]
     starts = [[0, *accumulate(count)] for count in counts]
     parts = [
-        [[row for row in rows[group] if begin <= row < end] for begin, end in pairwise(s)]
+        [[row for row in taken[group] if begin <= row < end] for begin, end in pairwise(s)]
         for group, s in enumerate(starts)
     ]
     for name, tensor, group in stores(cache):
@@ -346,22 +397,6 @@ def _restore(links: Sequence[_StoredLink], cache: KVCache, prefix: PrefixCache, 
                 target = torch.tensor([taken[group][row] for row in part], device=tensor.device)
                 found = link.read(name)[torch.tensor(part) - begin]
                 tensor[target] = found.to(tensor.device)
-    for one in kept:
-        ids = [token_id for row in one.path for token_id in token_ids[row]]
-        node = prefix.insert(ids, [taken[FULL][row] for row in one.path])
-        carries = [one.link.read(f"carry.{one.index}.{k}") for k in range(cache.limits.num_modules)]
-        prefix.add_snapshot(
-            node,
-            one.first,
-            [taken[SLIDING][row] for row in one.windows],
-            tuple(c.to(cache.device) for c in carries),
-        )
-        position.nodes.update(zip(window_nodes(node, 0), one.path, strict=True))
-        position.windows.update(zip(window_nodes(node, one.first), one.windows, strict=False))
-        position.snapshots[node] = one.number
-    # The tree holds them now.
-    for group, blocks in enumerate(taken):
-        cache.pools[group].release(blocks.values())
 
 
 def _snapshots(links: Sequence[_StoredLink], parents: Sequence[int]) -> list[_Snapshot]:

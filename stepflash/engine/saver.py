@@ -36,7 +36,7 @@ class Saver:
     """The file of one prefix cache. Every method is called from the thread that runs the steps.
 
     Raises:
-        ConfigError: there is a file and it cannot be used, or nothing can be written.
+        ConfigError: there is a file of something else, or nothing can be written.
     """
 
     def __init__(
@@ -63,8 +63,17 @@ class Saver:
         self._is_shared = False  # another process writes the same file
         disk.check_writable(path)
         if path.exists():
-            self._position = disk.load(path, cache, prefix, source)
-            self._partial, self._identity = None, _identity(path)
+            try:
+                self._position = disk.load(path, cache, prefix, source)
+                self._partial, self._identity = None, _identity(path)
+            except disk.DamagedCache as error:
+                aside = disk.put_aside(path)
+                logger.warning(
+                    "%s: damaged prefix cache (%s); it is %s now, and the cache starts empty",
+                    path,
+                    error,
+                    aside.name,
+                )
         prefix.added = self._note
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stepflash.engine import disk
 from stepflash.engine.core import EngineCore
@@ -67,14 +70,15 @@ def test_a_smaller_cache_takes_the_most_recent_prefixes(
     assert 0 < file.stat().st_size < 300_000
 
 
-def test_a_file_of_another_model_or_a_damaged_one_is_refused(
-    new_core: NewCore, golden: Golden, tmp_path: Path
-) -> None:
+def test_a_file_of_another_model_is_refused(new_core: NewCore, golden: Golden, tmp_path: Path) -> None:
     file = tmp_path / "prefix.safetensors"
     core = new_core(prefix_cache_path=file)
     drive(core, request("a", golden[0], max_tokens=2))
     core.close()
-    with pytest.raises(ConfigError, match="computed with block_size 8, not 16 as here"):
+    good = file.read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"prefix\.safetensors: .*computed with block_size 8, not 16 as here"
+    ):
         new_core(prefix_cache_path=file, block_size=16)
     model = core.runner.model
     before = origin(model, core.cache).digest
@@ -82,29 +86,11 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(
         norm = model.model.norm.weight
         norm[0] += 1
         assert origin(model, core.cache).digest != before
+        with pytest.raises(ConfigError, match="computed by another model or configuration"):
+            new_core(prefix_cache_path=file)
         norm[0] -= 1
     assert origin(model, core.cache).digest == before
-    good = file.read_bytes()
-    header_bytes = 8 + int.from_bytes(good[:8], "little")
-    generator = random.Random(0)
-    places = [header_bytes, header_bytes + 1000, len(good) - 40, len(good) - 1]
-    places += [generator.randrange(header_bytes, len(good)) for _ in range(20)]
-    for place in places:
-        file.write_bytes(
-            good[:place] + bytes([good[place] ^ 1 << generator.randrange(8)]) + good[place + 1 :]
-        )
-        with pytest.raises(ConfigError, match="its bytes do not match its checksum"):
-            new_core(prefix_cache_path=file)
-    for damaged in (b"", good[:5], good[:300], good[:header_bytes], good[:-100], good[:-1]):
-        file.write_bytes(damaged)
-        with pytest.raises(ConfigError, match="damaged prefix cache"):
-            new_core(prefix_cache_path=file)
-    # A digit of the tree: whatever it says now, it is not believed.
-    at = good.index(b"parents") + 15
-    file.write_bytes(good[:at] + b"7" + good[at + 1 :])
-    with pytest.raises(ConfigError, match="damaged prefix cache"):
-        new_core(prefix_cache_path=file)
-    file.write_bytes(good)
+    assert file.read_bytes() == good
     assert new_core(prefix_cache_path=file).stats().num_snapshots > 0
     # Told before any work is done, not after it.
     with pytest.raises(ConfigError, match=r"cannot be saved.*File exists"):
@@ -113,6 +99,80 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(
     file.mkdir()
     with pytest.raises(ConfigError, match=r"cannot be saved: .*prefix\.safetensors is a folder"):
         new_core(prefix_cache_path=file)
+    weights = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(3)}, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.safetensors: this is no prefix cache"):
+        new_core(prefix_cache_path=weights)
+    assert weights.exists()
+
+
+def test_a_damaged_file_is_put_aside_and_the_cache_starts_empty(
+    new_core: NewCore, golden: Golden, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, aside = tmp_path / "prefix.safetensors", tmp_path / "prefix.safetensors.damaged"
+    core = new_core(prefix_cache_path=file)
+    tokens = drive(core, request("a", golden[0], max_tokens=2))["a"].token_ids
+    core.close()
+    good = file.read_bytes()
+    header_bytes = 8 + int.from_bytes(good[:8], "little")
+    generator = random.Random(0)
+    places = [header_bytes, header_bytes + 1000, len(good) - 40, len(good) - 1]
+    places += [generator.randrange(header_bytes, len(good)) for _ in range(20)]
+    flipped = [
+        good[:place] + bytes([good[place] ^ 1 << generator.randrange(8)]) + good[place + 1 :]
+        for place in places
+    ]
+    # Digits of the digest and of the tree: whatever they say now, they are not believed.
+    for name in (b"digest", b"parents"):
+        at = good.index(name) + 15
+        flipped.append(good[:at] + (b"7" if good[at : at + 1] != b"7" else b"8") + good[at + 1 :])
+    # An end before the beginning.
+    at = good.index(b'"dtype": "U8"')
+    begin = good.index(b"data_offsets", at)
+    end = good.index(b"]", begin)
+    flipped.append(good[:begin] + b'data_offsets": [0, -9'.ljust(end - begin) + good[end:])
+    cut = [b"", good[:5], good[:8], good[:300], good[:header_bytes], good[:-100], good[:-1]]
+    other = [b"\0" * 5000, b"my notes\n" * 1000, generator.randbytes(5000), (1).to_bytes(8, "little") + b"7"]
+    for data in (*flipped, *cut, *other):
+        file.write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            core = new_core(prefix_cache_path=file)
+        (record,) = caplog.records
+        assert record.message.startswith(f"{file}: damaged prefix cache (")
+        assert record.message.endswith("it is prefix.safetensors.damaged now, and the cache starts empty")
+        if data in flipped[: len(places) + 2]:
+            assert "its bytes do not match its checksum" in record.message
+        assert aside.read_bytes() == data
+        assert not file.exists()
+        assert core.stats().num_snapshots == core.cache.used_bytes == 0
+        core.check_integrity()
+    # It is a cache like any other, and saved under the name that the old one had.
+    assert drive(core, request("a", golden[0], max_tokens=2))["a"].token_ids == tokens
+    core.close()
+    assert new_core(prefix_cache_path=file).stats().num_snapshots > 0
+
+
+def test_what_was_restored_of_a_file_that_proves_wrong_is_let_go(
+    new_core: NewCore, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole file whose last snapshot has no states: no kind of damage, but a writer that was wrong."""
+    file = tmp_path / "prefix.safetensors"
+    core = new_core(prefix_cache_path=file)
+    for i in range(3):
+        drive(core, request(f"r{i}", golden[0][i : i + 80], max_tokens=2))
+    encode = disk.encode
+
+    def forgetful(link: disk.Link, *others: Any) -> Iterator[memoryview]:
+        link.carries.pop()
+        return encode(link, *others)
+
+    monkeypatch.setattr(disk, "encode", forgetful)
+    core.close()
+    new = new_core(prefix_cache_path=file)
+    assert new.stats().num_snapshots == new.cache.used_bytes == 0
+    new.check_integrity()
+    assert not file.exists()
 
 
 def test_a_save_that_fails_keeps_the_old_file(
