@@ -165,8 +165,11 @@ class AnswerReader:
         """What an output of the engine amounts to.
 
         Raises:
-            EngineError, QueueFull: it says that the request failed.
+            EngineError: it says that the request failed.
+            RequestError: it failed by its own fault.
         """
+        if output.request_error is not None:
+            raise output.request_error
         if output.finish_reason == "error" or output.error is not None:
             raise EngineError(output.error or "the engine failed while running this request")
         reason = output.finish_reason

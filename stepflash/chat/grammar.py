@@ -117,11 +117,13 @@ class AnswerGrammar:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, matcher: LLMatcher, *, in_thought: bool, may_end: bool
+        self, vocabulary: Vocabulary, matcher: LLMatcher, *, param: str, in_thought: bool, may_end: bool
     ) -> None:
-        """`in_thought`: the grammar begins behind the model's `</think>`. `may_end`: it need not get there."""
+        """`matcher` has seen nothing and belongs to many; `param` names where the grammar came from. `in_thought`:
+        the grammar begins behind the model's `</think>`. `may_end`: it need not get there."""
         self._vocabulary = vocabulary
-        self._matcher = matcher
+        self._unused, self._matcher = matcher, matcher.deep_copy()
+        self._param = param
         self._may_end = may_end
         # Progress within `</think>` after each token of the thought; None: there is none, or it is over.
         self._thought: list[int] | None = [0] if in_thought else None
@@ -198,10 +200,14 @@ class AnswerGrammar:
         self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise RequestError(
-                f"the grammar cannot go on: {_first_line(self._matcher.get_error())}", code="grammar_failed"
-            )
+        if not self._matcher.is_error():
+            return
+        problem = _first_line(self._matcher.get_error().partition("<state>")[0])
+        # A matcher has its error for good, but what it has seen may be a draft that is taken back.
+        self._matcher, self._fed, self._num_valid, self._masks = self._unused.deep_copy(), [], 0, {}
+        raise RequestError(
+            f"{self._param}: the grammar cannot go on: {problem}", param=self._param, code="grammar_failed"
+        )
 
 
 class GrammarCompiler:
@@ -237,8 +243,9 @@ class GrammarCompiler:
             self._matchers.move_to_end(grammar)
             while len(self._matchers) > CACHED_GRAMMARS:
                 self._matchers.popitem(last=False)
-            own = matcher.deep_copy()
-        return AnswerGrammar(self._vocabulary, own, in_thought=in_thought, may_end=may_end_in_thought)
+            return AnswerGrammar(
+                self._vocabulary, matcher, param=param, in_thought=in_thought, may_end=may_end_in_thought
+            )
 
 
 def check_grammar(grammar: str, param: str) -> None:

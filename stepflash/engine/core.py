@@ -538,9 +538,11 @@ class EngineCore:
         return output
 
     def _fail(self, seq: Sequence, error: BaseException) -> Output:
-        logger.error("request %s failed", seq.request.request_id, exc_info=error)
+        fault = error if isinstance(error, RequestError) else None
+        if fault is None:
+            logger.error("request %s failed", seq.request.request_id, exc_info=error)
         message = str(error) if isinstance(error, StepflashError) else f"{type(error).__name__}: {error}"
-        return self._finish(_ended(seq, "error", error=message))
+        return replace(self._finish(_ended(seq, "error")), error=message, request_error=fault)
 
     def _observe(
         self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, num_steps: int, seconds: float
@@ -558,15 +560,9 @@ class EngineCore:
             self.depth.observe(len(plan), depth, seconds, num_steps)
 
 
-def _ended(
-    seq: Sequence, reason: FinishReason, stop_reason: str | None = None, error: str | None = None
-) -> Output:
+def _ended(seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Output:
     return Output(
-        request_id=seq.request.request_id,
-        finish_reason=reason,
-        stop_reason=stop_reason,
-        error=error,
-        stats=seq.stats,
+        request_id=seq.request.request_id, finish_reason=reason, stop_reason=stop_reason, stats=seq.stats
     )
 
 

@@ -196,7 +196,8 @@ class TokenLogprob:
 class Output:
     """News of one request after a step, or after several quick ones (`outbox`). The last has a `finish_reason`.
 
-    `token_ids` includes the stop token that ended the request. `stats` is a live view until then.
+    `token_ids` includes the stop token that ended the request. `stats` is a live view until then. `error` says why it
+    failed; `request_error` is there, too, where that is the request's own fault, as of a grammar that cannot go on.
     """
 
     request_id: str
@@ -205,4 +206,5 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    request_error: RequestError | None = None
     stats: RequestStats | None = None

@@ -314,6 +314,21 @@ def test_a_token_that_was_never_allowed_fails_this_constraint_alone() -> None:
     assert other.mask().any()
 
 
+def test_a_grammar_that_failed_on_a_draft_goes_on_without_it() -> None:
+    constraint, other = compiled(NUMBER), compiled(NUMBER)
+    one, wrong = tokenizer().encode("1")[0], tokenizer().encode("x")[0]
+    for both in (constraint, other):
+        both.accept(one)
+    constraint.accept(wrong)
+    with pytest.raises(ValueError, match="cannot go on"):
+        constraint.mask()
+    constraint.rollback(1)
+    assert (constraint.mask() == other.mask()).all()
+    for both in (constraint, other):
+        both.accept(one)
+    assert (constraint.mask() == other.mask()).all()
+
+
 def test_an_answer_in_a_format_or_calls() -> None:
     tool = Tool(
         definition={"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}

@@ -169,9 +169,12 @@ def test_a_grammar_that_fails_ends_its_own_request(
             return super().mask() if self._answer else np.ones(tokenizer.vocab_size, dtype=np.bool_)
 
     made = compiler.compile('start: "never"', param="f")
-    careless = Careless(made._vocabulary, made._matcher, in_thought=False, may_end=False)
+    careless = Careless(made._vocabulary, made._matcher, param="f", in_thought=False, may_end=False)
     core = new_core(eos_token_ids=tuple(tokenizer.eos_token_ids), vocab_limit=tokenizer.vocab_size)
     done = drive(core, asked("good", compiler.compile(JSON, param="f")), asked("bad", careless))
     assert done["good"].last.finish_reason == "stop"
     assert done["bad"].last.finish_reason == "error"
-    assert "grammar cannot go on" in str(done["bad"].last.error)
+    assert "f: the grammar cannot go on" in str(done["bad"].last.error)
+    fault = done["bad"].last.request_error
+    assert fault is not None
+    assert (fault.param, fault.code) == ("f", "grammar_failed")

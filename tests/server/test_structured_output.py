@@ -3,6 +3,7 @@ what is refused. The scripted engine keeps to the constraint of each request, th
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,67 @@ def test_text_completions_keep_to_a_format(micro: Session) -> None:
     body = {"prompt": "x", "max_tokens": 50, "structured_outputs": {"choice": ["yes", "no \u00e9"]}}
     reply = client_of(micro).post("/v1/completions", json=body).json()
     assert reply["choices"][0]["text"] in ("yes", "no \u00e9")
+
+
+# Every schema is fine on its own; where an object begins, all of their properties are possible at once.
+TOO_MUCH = {
+    "anyOf": [
+        {"type": "object", "properties": {f"k{j}": {"type": "string", "maxLength": i + j} for j in range(30)}}
+        for i in range(100)
+    ]
+}
+
+
+@APIS
+@WHOLE_AND_STREAMED
+def test_a_grammar_that_grows_too_large_is_the_error_of_its_request(
+    micro: Session, api: str, stream: bool
+) -> None:
+    """Found out when the answer is on its way: told as any wrong request is, and others do not notice."""
+    off = {
+        "chat": {"reasoning_effort": "none"},
+        "responses": {"reasoning": {"effort": "none"}},
+        "messages": {"thinking": {"type": "disabled"}},
+    }[api]
+    param = {
+        "chat": "response_format.json_schema.schema",
+        "responses": "text.format.schema",
+        "messages": "output_config.format.schema",
+    }[api]
+    client = client_of(micro)
+    good = {"prompt": "x", "max_tokens": 40, "temperature": 0}
+    alone = client.post("/v1/completions", json=good).json()["choices"]
+
+    async def main() -> list[httpx.Response]:
+        asked = [("/v1/completions", good), (PATHS[api], body_of(api, TOO_MUCH, stream=stream, **off))]
+        return list(await asyncio.gather(*(client._request("POST", path, json=body) for path, body in asked)))
+
+    other, failed = asyncio.run(main())
+    assert other.json()["choices"] == alone
+    message = f"{param}: the grammar cannot go on: Parser Error: Current row has"
+    if not stream:
+        assert failed.status_code == 400
+        error = failed.json()["error"]
+    else:
+        assert failed.status_code == 200
+        frames = [part.partition("data: ") for part in failed.text.strip().split("\n\n")]
+        if api == "chat":
+            assert frames.pop()[2] == "[DONE]"
+        last = json.loads(frames[-1][2])
+        if api == "responses":
+            assert last["type"] == "response.failed"
+            assert last["response"]["status"] == "failed"
+            error = last["response"]["error"]
+            assert error["code"] == "invalid_prompt"
+        else:
+            assert frames[-1][0] == ("event: error\n" if api == "messages" else "")
+            error = last["error"]
+    assert error["message"].startswith(message), error
+    assert "<state>" not in error["message"]
+    if api != "responses" or not stream:
+        assert error["type"] == "invalid_request_error"
+    if api == "chat" or (api == "responses" and not stream):
+        assert (error["param"], error["code"]) == (param, "grammar_failed")
 
 
 # The thought comes first
