@@ -210,7 +210,7 @@ scalars = st.one_of(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     metadata=st.dictionaries(
         st.text(min_size=1, max_size=20).filter(lambda key: key != "general.alignment"),

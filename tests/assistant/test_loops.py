@@ -77,7 +77,7 @@ def test_honest_repetition_is_no_loop() -> None:
         assert first_loop(tokens) is None
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32))
 def test_any_walk_forward_and_back_sees_what_a_straight_one_sees(seed: int) -> None:
     """Few tokens and a phrase that comes again and again, so that loops come and go with the steps."""

@@ -81,7 +81,7 @@ TEXTS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(text=TEXTS, bursts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_every_burst_gives_the_same_answer(text: str, bursts: list[int]) -> None:
     def run(sizes: list[int]) -> Answer:
@@ -144,7 +144,6 @@ def test_held_back_text_is_given_when_the_answer_ends() -> None:
     assert answer(session, sampling=SamplingParams(stop=("STOP",))).content == "S ST"
 
 
-@settings(deadline=None)
 @given(
     text=st.text(alphabet="ab", max_size=30),
     stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),

@@ -3,15 +3,11 @@
 import json
 from pathlib import Path
 
-import hypothesis
 import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from stepflash.gguf_file import write_gguf
-
-hypothesis.settings.register_profile("stepflash", deadline=None)  # a busy machine is no failure
-hypothesis.settings.load_profile("stepflash")
 
 SPECIAL_TOKENS = [
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",

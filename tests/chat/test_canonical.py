@@ -31,7 +31,7 @@ def shuffled(value: Any, data: st.DataObject) -> Any:
     return [shuffled(inner, data) for inner in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(names, values, max_size=5), st.data())
 def test_the_order_of_keys_in_a_schema_does_not_matter(schema: dict[str, Any], data: st.DataObject) -> None:
     def tool(parameters: Any) -> dict[str, Any]:

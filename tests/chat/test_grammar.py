@@ -23,7 +23,7 @@ from stepflash.errors import BadSchema
 from tests.chat.grammar_walks import compiler, tokenizer, walk
 from tests.scripted_engine import byte_tokenizer
 
-PROPERTY = settings(max_examples=60, deadline=None)
+PROPERTY = settings(max_examples=60)
 
 
 def compiled(form: AnswerFormat, **options: Any) -> AnswerGrammar:
@@ -248,7 +248,7 @@ SCHEMA = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), in_thought=st.booleans())
 def test_any_walk_forward_and_back_gives_the_masks_of_the_path(seed: int, in_thought: bool) -> None:
     form = AnswerFormat("json_schema", SCHEMA, "f")

@@ -22,7 +22,7 @@ from stepflash.chat.tool_grammar import MAX_FREE_ORDER, CallRules, answer_gramma
 from stepflash.errors import BadSchema
 from tests.chat.grammar_walks import compiler, tokenizer, walk
 
-PROPERTY = settings(max_examples=80, deadline=None)
+PROPERTY = settings(max_examples=80)
 
 
 def tool(
@@ -271,7 +271,7 @@ PATTERNS = ["ab", "^ab", "ab$", "^ab$", "^a|b$", "a|^b$", "^(a|b)$", r"a\$", r"[
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(text=st.text(alphabet="ab|^$\\x", max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_patterns_search_as_in_json_schema(pattern: str, text: str) -> None:
     assert bool(re.fullmatch(f"(?:{_search(pattern)})", text)) == bool(re.search(pattern, text))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.engine import saver
@@ -136,7 +136,7 @@ jobs = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     work=st.lists(jobs, min_size=2, max_size=9),
     budget=st.integers(1, 60),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.engine.core import EngineCore
@@ -16,9 +16,7 @@ from stepflash.errors import ConfigError, PromptTooLong, QueueFull, RequestError
 from tests.engine.conftest import FEW_TOKENS, Finished, collect, drive, request
 
 NewCore = Callable[..., EngineCore]
-PROPERTY = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=12)
 
 event = st.one_of(
     st.tuples(st.just("submit"), st.integers(1, 120), st.integers(1, 25), st.sampled_from([0, 1, 3, None])),

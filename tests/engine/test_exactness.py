@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,9 +25,7 @@ from tests.engine.conftest import FEW_TOKENS, MICRO, drive, request
 
 NewCore = Callable[..., EngineCore]
 Golden = tuple[list[int], list[int]]
-PROPERTY = settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=8)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, None])

@@ -161,7 +161,7 @@ params = st.builds(
 work = st.tuples(params, st.integers(0, 3), st.integers(1, 200), st.integers(0, 12), st.booleans())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     jobs=st.lists(work, min_size=1, max_size=8),
     budget=st.integers(1, 90),

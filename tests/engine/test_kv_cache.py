@@ -130,7 +130,7 @@ def test_a_cache_takes_memory_when_it_is_written_and_not_before() -> None:
     assert resident() - before >= cache.layers[0].keys[:1000].nbytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=3),
     window=st.sampled_from([None, 1, 5, 16]),

@@ -75,7 +75,7 @@ def test_text_ends_before_the_stop_string(llm: LLM) -> None:
     assert not llm.core.has_work
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_stop_strings_do_not_depend_on_how_tokens_arrive(llm: LLM, data: st.DataObject) -> None:
     assert llm.tokenizer is not None

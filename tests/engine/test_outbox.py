@@ -33,7 +33,7 @@ async def drained(stream: Stream) -> list[Output]:
             return items
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     bursts=st.lists(st.lists(st.integers(0, 99), max_size=4), max_size=60),
     pauses=st.lists(st.sampled_from([0, 0, 0, 0, 0.002]), min_size=60, max_size=60),

@@ -46,7 +46,7 @@ def remember(cache: KVCache, prefix: PrefixCache, token_ids: list[int], snapshot
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(tokens, st.sets(st.integers(1, 9))), max_size=6), tokens)
 def test_a_match_is_the_longest_remembered_prefix(
     work: list[tuple[list[int], set[int]]], query: list[int]

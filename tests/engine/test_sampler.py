@@ -94,7 +94,7 @@ def naive_filter(logits: list[float], params: SamplingParams) -> set[int]:
     return {i for i in kept if math.exp(logits[i] - logits[order[0]]) >= params.min_p}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     logits=st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True),
     top_k=st.integers(0, 14),

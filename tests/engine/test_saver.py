@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.engine import disk, saver
@@ -123,7 +123,7 @@ act = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     acts=st.lists(act, min_size=4, max_size=40),
     room=st.sampled_from([300_000, 4 << 20]),

@@ -193,7 +193,7 @@ class Simulation:
             self.finished.append(seq)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     work=st.lists(arrivals, min_size=1, max_size=14),
     seed=st.integers(0, 2**32),

@@ -27,7 +27,7 @@ from stepflash.kernels.formats import (
 INTEGER_FORMATS = [f for f in Format if f.is_int8 or f.is_int4]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 70), k=st.integers(1, 300), fmt=st.sampled_from(INTEGER_FORMATS), seed=st.integers(0, 99)
 )

@@ -32,7 +32,7 @@ def check(weight: Tensor, fmt: Format) -> None:
     assert torch.equal(ops.quantize(weight, fmt), formats.quantize(weight, fmt))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     n=st.integers(1, 70),
     k=st.integers(1, 300),

@@ -23,7 +23,7 @@ def layer(window: int | None) -> LayerConfig:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     window=st.one_of(st.none(), st.integers(1, 50)),

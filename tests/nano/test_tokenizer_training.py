@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepflash.chat.tokenizer import Tokenizer
@@ -43,13 +43,11 @@ def test_size_and_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.think_end_id == tokenizer.token_id("</think>")
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet="0123456789 +-*/=.,ab\n"))
 def test_digits_stand_alone(tokenizer: Tokenizer, text: str) -> None:
     for token_id in tokenizer.encode(text):
@@ -59,7 +57,6 @@ def test_digits_stand_alone(tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(name=st.from_regex(r"[A-Z][a-z]{3,10}", fullmatch=True))
-@settings(deadline=None)
 def test_a_name_has_the_same_tokens_everywhere(tokenizer: Tokenizer, name: str) -> None:
     alone = tokenizer.encode(name)
     for before, after in ((" ", " "), ("=", "\n"), ('"', '"'), ("\n", "\n"), (": ", "?"), (", ", ", ")):

@@ -281,7 +281,7 @@ def test_a_task_of_several_turns() -> None:
 BLOCKS = st.sampled_from(["hello", "a\nb", "", " x ", "<system-reminder>r</system-reminder>"])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(system=BLOCKS, user=BLOCKS, answer=BLOCKS, result=BLOCKS)
 def test_blocks_and_strings_are_the_same_tokens(system: str, user: str, answer: str, result: str) -> None:
     """A client marks the end of a list of blocks in one turn and sends the same as a string in the next."""
@@ -630,7 +630,7 @@ MESSAGES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     messages=MESSAGES | ANYTHING,
     fields=st.dictionaries(

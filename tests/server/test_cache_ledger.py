@@ -26,7 +26,7 @@ def decode(token_ids: Any) -> str:
     return " ".join(str(token_id) for token_id in token_ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from("ab"), tokens, tokens), max_size=8), tokens)
 def test_the_nearest_is_the_longest_common_prefix(
     work: list[tuple[str, list[int], list[int]]], query: list[int]

@@ -193,7 +193,7 @@ def test_every_case_of_the_corpus(case: Case) -> None:
     check(case, [10_000])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     case=st.sampled_from(list(CORPUS.values())), bursts=st.lists(st.integers(1, 40), min_size=1, max_size=5)
 )
@@ -213,7 +213,7 @@ TAGS = [
 PIECES = [*TAGS, "<parameter=content>", "</parameter>", "\n", "x", "<", "\u65e5\u672c"]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=14),
     bursts=st.lists(st.integers(1, 9), min_size=1, max_size=4),

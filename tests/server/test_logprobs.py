@@ -91,7 +91,7 @@ def test_the_tokens_of_every_case(name: str) -> None:
             assert tokens == text
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from([name for name, case in CORPUS.items() if case.text and name not in HAVE_GAPS]),
     bursts=st.lists(st.integers(1, 40), min_size=1, max_size=5),

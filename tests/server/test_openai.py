@@ -133,7 +133,7 @@ ANSWERS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(text=ANSWERS, bursts=st.lists(st.integers(1, 12), min_size=1, max_size=4))
 def test_the_stream_adds_up_to_the_whole_reply(text: str, bursts: list[int]) -> None:
     whole = chat(text, bursts=tuple(bursts), tools=TOOLS, logprobs=True).json()
@@ -445,7 +445,7 @@ MESSAGES = st.lists(
 FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields} - {"messages", "model"})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     messages=MESSAGES | ANYTHING,
     prompt=ANYTHING,

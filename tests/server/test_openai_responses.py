@@ -559,7 +559,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     items=ANYTHING,
     fields=st.dictionaries(

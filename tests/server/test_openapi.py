@@ -40,7 +40,6 @@ def check(operation: Any, mode: GenerationMode, max_examples: int) -> dict[int, 
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     @settings(
         max_examples=max_examples,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],

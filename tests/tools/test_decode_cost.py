@@ -253,7 +253,7 @@ def test_sensitivity_starts_from_the_defaults() -> None:
     assert rows["GPU H800"]["rms_log_error"] > 5 * rows["GPU H20"]["rms_log_error"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(CARD)),
     factor=st.floats(1.0, 4.0),
@@ -268,7 +268,7 @@ def test_better_hardware_never_costs_more(name: str, factor: float, field: str) 
     assert cost(better) <= cost(CHIPS["H20"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(name=st.sampled_from(sorted(CARD)), short=st.integers(1, 200_000), more=st.integers(0, 200_000))
 def test_longer_context_never_costs_less(name: str, short: int, more: int) -> None:
     def cost(context: int) -> float:

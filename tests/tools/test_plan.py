@@ -184,7 +184,7 @@ def test_refused_weights_name_what_would_do() -> None:
     assert not plan_of(replace(h100, count=count // 2), "fp8").fits
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(num_bytes=st.floats(1, 1e13), kind=st.sampled_from(["gpu", "unified", "cpu"]))
 def test_memory_for_is_the_inverse_of_usable(num_bytes: float, kind: str) -> None:
     machine = Machine(name="m", kind=kind, memory_bytes=1e9, bandwidth=None)
@@ -282,7 +282,7 @@ def test_reasons_of_splits_name_the_numbers() -> None:
         assert text in reasons
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     memory=st.floats(1e9, 1e12),
@@ -307,7 +307,7 @@ def test_more_memory_never_fits_less(
         assert result.fits == (result.device_bytes <= result.device_available_bytes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     context=st.integers(1, 262143),

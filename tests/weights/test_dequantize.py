@@ -87,7 +87,7 @@ def test_equals_the_gguf_package_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCALAR)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_equals_the_scalar_reading_of_the_layout(name: str, data: st.DataObject) -> None:
     size = GGML_TYPES[TYPE_IDS[name]].block_bytes

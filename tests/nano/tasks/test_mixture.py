@@ -54,7 +54,7 @@ def test_draws_follow_the_table() -> None:
         assert abs(counts[name] - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5, name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(), st.floats(0, 1))
 def test_training_never_draws_a_held_out_prompt(seed: int, progress: float) -> None:
     rng = Random(seed)
