@@ -16,7 +16,7 @@ from stepflash.errors import ConfigError
 
 DEFAULT_MODEL = "nano"
 DTYPES = ("float32", "bfloat16", "float16")
-KV_DTYPES = ("float32", "bfloat16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8")  # by torch's names
 SCHEDULING_POLICIES = ("fcfs", "priority")
 LOG_FORMATS = ("auto", "json", "text", "off")
 # Where chat completions tell the thought: names of fields by the name of the choice.

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from stepflash import settings
 from stepflash.engine.kv_cache import MAX_MODULES
 from stepflash.errors import ConfigError
 
-KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+KV_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in settings.KV_DTYPES}
 # Of whole numbers in `EngineConfig`, and those that may be None.
 LIMITS = {
     "max_num_seqs": (1, math.inf), "max_model_len": (2, math.inf), "max_num_batched_tokens": (1, math.inf),
@@ -58,10 +59,9 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 allowed = f"at least {least}" if most == math.inf else f"between {least} and {most}"
                 raise ConfigError(f"{name} must be {allowed}, a whole number, got {value!r}")
-        if self.kv_dtype not in (None, *KV_DTYPES):
-            raise ConfigError(
-                f"kv_dtype must be one of {', '.join(map(str, KV_DTYPES))}, got {self.kv_dtype}"
-            )
+        if self.kv_dtype not in (None, *KV_DTYPES.values()):
+            known = ", ".join(map(str, KV_DTYPES.values()))
+            raise ConfigError(f"kv_dtype must be one of {known}, got {self.kv_dtype}")
         if self.prefix_cache_path is not None and not Path(self.prefix_cache_path).name:
             raise ConfigError(f"prefix_cache_path must name a file, got {str(self.prefix_cache_path)!r}")
 

@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from stepflash.engine.config import KV_DTYPES
 from stepflash.engine.core import EngineConfig, EngineCore, EngineStats
 from stepflash.engine.request import FinishReason, Output, Request, RequestStats, SamplingParams, TokenLogprob
 from stepflash.errors import ConfigError, EngineError, RequestError
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 FEED_AHEAD = 256
 # Prompts that make kernels work on few tokens, on some and on many.
 WARM_UP_LENGTHS, WARM_UP_TOKENS = (4, 24, 100, 700), 8
-KV_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from stepflash.engine.llm import LLM, _Answer
 from stepflash.engine.request import Output, SamplingParams
 from stepflash.errors import ConfigError, EngineError, PromptTooLong, RequestError
+from stepflash.settings import KV_DTYPES, EngineSettings
 from tests.engine.conftest import MICRO, request
 
 SHORT = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512, "kv_cache_bytes": 32 << 20}
@@ -177,6 +178,19 @@ def test_chat_renders_answers_and_parses(llm: LLM) -> None:
     assert llm.tokenizer is not None
     rendered = llm.chat_template.render(messages, add_generation_prompt=True)
     assert first.prompt_token_ids == llm.tokenizer.encode(rendered.text)
+
+
+@pytest.mark.parametrize("name", KV_DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kv_dtype_that_can_be_named_computes(
+    golden: tuple[list[int], list[int]], name: str, dtype: str
+) -> None:
+    """The first tokens at least: those are far apart in this model."""
+    own = LLM(MICRO, dtype=dtype, kv_dtype=name, **SHORT)  # type: ignore[arg-type]
+    assert own.core.cache.limits.dtype == getattr(torch, name)
+    (output,) = own.generate([golden[0]], SamplingParams(max_tokens=4, temperature=0.0))
+    assert output.token_ids == golden[1][:4]
+    EngineSettings(kv_dtype=name)
 
 
 def test_wrong_input_is_refused_before_anything_runs(llm: LLM) -> None:
