@@ -5,24 +5,33 @@
 
 namespace SF_ISA {
 
+// Sums that every row is spread over, pair by pair, to hide the latency of the dot product. Without an instruction for it there is no
+// room in the registers for two.
+#if defined(SF_NATIVE_DOT)
+constexpr int CHAINS = 2;
+#else
+constexpr int CHAINS = 1;
+#endif
+
 template <int M>
 static void bf16_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record&, const uint8_t* const* tokens, float* out) {
-  vf total[M][2];
-  for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
+  vf acc[CHAINS][M][2];
+  SF_UNROLL for (int m = 0; m < M; ++m)
+    for (int i = 0; i < CHAINS; ++i) acc[i][m][0] = acc[i][m][1] = zero();
   for (int64_t block = 0; block < k; block += 16) {
-#pragma GCC unroll 8
-    for (int pair = 0; pair < 8; ++pair) {
+    SF_UNROLL for (int pair = 0; pair < 8; ++pair) {
       prefetch(panel + pair * 128 + ahead), prefetch(panel + pair * 128 + 64 + ahead);
       const vi w0 = loadi(panel + pair * 128), w1 = loadi(panel + pair * 128 + 64);
-      for (int m = 0; m < M; ++m) {
+      SF_UNROLL for (int m = 0; m < M; ++m) {
         const vi x = broadcast4(tokens[m] + block * 2 + pair * 4);
-        total[m][0] = dot2(total[m][0], w0, x);
-        total[m][1] = dot2(total[m][1], w1, x);
+        acc[pair % CHAINS][m][0] = dot2(acc[pair % CHAINS][m][0], w0, x);
+        acc[pair % CHAINS][m][1] = dot2(acc[pair % CHAINS][m][1], w1, x);
       }
     }
     panel += 8 * 128;
   }
-  for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
+  SF_UNROLL for (int m = 0; m < M; ++m)
+    for (int i = 0; i < 2; ++i) store(out + m * PANEL + i * LANES, CHAINS == 2 ? acc[0][m][i] + acc[CHAINS - 1][m][i] : acc[0][m][i]);
 }
 
 // 64 fp8 values -> two vectors of bf16 pairs (rows 0-15 and rows 16-31 for two k).
@@ -79,22 +88,21 @@ static void fp8_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record
   prefetch(panel + ahead);
   panel += round_up(padded_k(FP8, k) / 128 * 4, 64);
   vf total[M][2];
-  for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
+  SF_UNROLL for (int m = 0; m < M; ++m) total[m][0] = total[m][1] = zero();
   // Even and odd pairs are summed apart, to hide the latency of the dot product: together while the sums of few
   // tokens fit into registers, else one after the other.
   for (int64_t block = 0; block < k; block += 128) {
     const int64_t pairs = (k - block < 128 ? k - block : 128) / 2;
     vf acc[2][M][2];
     for (int parity = 0; parity < 2; ++parity)
-      for (int m = 0; m < M; ++m) acc[parity][m][0] = acc[parity][m][1] = zero();
+      SF_UNROLL for (int m = 0; m < M; ++m) acc[parity][m][0] = acc[parity][m][1] = zero();
     const auto sum_pairs = [&](auto first, auto step) {
       for (int64_t part = 0; part < pairs; part += 8) {
-#pragma GCC unroll 8
-        for (int i = first; i < 8; i += step) {
+        SF_UNROLL for (int i = first; i < 8; i += step) {
           vi w0, w1;
           prefetch(panel + (part + i) * 64 + ahead);
           decode(panel + (part + i) * 64, w0, w1);
-          for (int m = 0; m < M; ++m) {
+          SF_UNROLL for (int m = 0; m < M; ++m) {
             const vi x = broadcast4(tokens[m] + block * 2 + (part + i) * 4);
             acc[i & 1][m][0] = dot2(acc[i & 1][m][0], w0, x);
             acc[i & 1][m][1] = dot2(acc[i & 1][m][1], w1, x);
@@ -110,10 +118,10 @@ static void fp8_run(const uint8_t* panel, int64_t ahead, int64_t k, const Record
     }
     panel += 64 * 64;
     const vf scale = set1(scales[block / 128]);
-    for (int m = 0; m < M; ++m)
+    SF_UNROLL for (int m = 0; m < M; ++m)
       for (int i = 0; i < 2; ++i) total[m][i] = fma(acc[0][m][i] + acc[1][m][i], scale, total[m][i]);
   }
-  for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
+  SF_UNROLL for (int m = 0; m < M; ++m) store(out + m * PANEL, total[m][0]), store(out + m * PANEL + LANES, total[m][1]);
 }
 
 template <int M> struct Bf16 { static constexpr auto run = bf16_run<M>; };
