@@ -193,7 +193,8 @@ class AnswerReader:
             items += self._read(shown, output.logprobs[begin : begin + size], reason if is_last else None)
             if self.is_finished:
                 break
-        return [Progress(text_ids, output.logprobs[: len(text_ids)], self._usage), *items]
+        logprobs = output.logprobs[: len(text_ids)]
+        return [Progress(text_ids, logprobs, self._usage, output.prompt_logprobs), *items]
 
     def _read(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None

@@ -81,7 +81,8 @@ class ScriptedEngine:
         if limit is not None and limit < len(token_ids):
             token_ids, is_complete = token_ids[:limit], False
         stats = RequestStats(num_prompt_tokens=len(request.prompt_token_ids), num_cached_tokens=1)
-        pieces = list(_split(token_ids, self.bursts))
+        pieces = list(_split(token_ids, self.bursts)) or [()]
+        of_prompt = tuple(_logprobs(request.prompt_token_ids[1:], request.sampling.prompt_logprobs))
         for index, piece in enumerate(pieces):
             await asyncio.sleep(self.pause)
             if request.request_id in self.aborted:
@@ -98,7 +99,7 @@ class ScriptedEngine:
             stats.num_steps += 1
             stats.num_generated_tokens += len(piece)
             stats.num_drafted_tokens[0] += 3
-            stats.num_accepted_tokens[0] += len(piece) - 1
+            stats.num_accepted_tokens[0] += max(0, len(piece) - 1)
             reason = None
             if index == len(pieces) - 1:
                 reason = "stop" if is_complete else "length"
@@ -106,6 +107,7 @@ class ScriptedEngine:
                 request_id=request.request_id,
                 token_ids=tuple(piece),
                 logprobs=tuple(_logprobs(piece, request.sampling.logprobs)),
+                prompt_logprobs=() if index else of_prompt,
                 finish_reason=reason,  # type: ignore[arg-type]
                 stats=stats,
             )

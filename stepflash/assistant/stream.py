@@ -86,11 +86,13 @@ def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One output of the engine beside its events. `token_ids` holds no stop token; `usage` is running."""
+    """One output of the engine beside its events. `token_ids` holds no stop token; `usage` is running.
+    `prompt_logprobs` come with the first."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ class Answer:
     tool_calls: tuple[AnswerToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     text_logprobs: TextLogprobs = TextLogprobs()
 
     def to_message(self) -> Message:
@@ -150,15 +153,17 @@ class Fold:
     num_complete_calls: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     text_logprobs: TextLogprobs = TextLogprobs()
     usage: Usage = field(default_factory=Usage)
     finish_reason: FinishReason = "abort"
 
     def add(self, item: StreamItem) -> None:
         match item:
-            case Progress(token_ids, logprobs, usage):
+            case Progress(token_ids, logprobs, usage, prompt_logprobs):
                 self.token_ids.extend(token_ids)
                 self.logprobs.extend(logprobs)
+                self.prompt_logprobs.extend(prompt_logprobs)
                 self.usage = usage
             case TextLogprobs(other, content):
                 before = self.text_logprobs
@@ -186,6 +191,7 @@ class Fold:
             tool_calls=tuple(self.calls[: self.num_complete_calls]),
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
             text_logprobs=self.text_logprobs,
         )
 

@@ -153,7 +153,8 @@ class EngineCore:
         """What the prefix cache has of a request's prompt now; None without one. Any thread may ask."""
         if self.prefix is None:
             return None
-        return self.prefix.peek(request.prompt_token_ids)
+        found = self.prefix.peek(request.prompt_token_ids)
+        return found if request.sampling.prompt_logprobs is None else replace(found, num_cached_tokens=0)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -369,6 +370,7 @@ class EngineCore:
         stats.num_steps += 1
         prefilled = max(0, min(before + item.num_tokens, seq.num_prompt_tokens) - before)
         stats.num_prefill_tokens += prefilled
+        seq.prompt_logprobs += result.prompt_logprobs
         self._counters["computed_prompt"] += prefilled
         token_ids = self._until_stop(seq, result.token_ids)
         if seq.constraint is not None:
@@ -393,12 +395,14 @@ class EngineCore:
         if token_ids and token_ids[-1] in seq.stop_ids:
             reason = "stop"
             stop_reason = token_ids[-1] if token_ids[-1] in seq.sampling.stop_token_ids else None
-        elif seq.num_generated >= seq.max_tokens:
+        elif result.token_ids and seq.num_generated >= seq.max_tokens:
             reason = "length"
+        is_first = bool(result.token_ids) and len(token_ids) == seq.num_generated
         return Output(
             request_id=seq.request.request_id,
             token_ids=(*chain.from_iterable(result.earlier), *token_ids),
             logprobs=tuple(result.logprobs[: len(token_ids)]),
+            prompt_logprobs=tuple(seq.prompt_logprobs) if is_first else (),
             finish_reason=reason,
             stop_reason=stop_reason,
             stats=stats,

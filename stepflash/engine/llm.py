@@ -49,7 +49,8 @@ WARM_UP_LENGTHS, WARM_UP_TOKENS = (4, 24, 100, 700), 8
 class RequestOutput:
     """A finished answer. `text` ends before the stop string or stop token; `token_ids` has them all.
 
-    `message` is the parsed answer of `chat`, None after `generate`.
+    `message` is the parsed answer of `chat`, None after `generate`. `prompt_logprobs`, if asked for, are of every
+    token of the prompt but the first.
     """
 
     prompt_token_ids: list[int]
@@ -58,6 +59,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     error: str | None = None
     message: Message | None = None
@@ -311,6 +313,8 @@ class _Answer:
         self.output = RequestOutput(prompt_token_ids=list(request.prompt_token_ids))
         if sampling.logprobs is not None:
             self.output.logprobs = []
+        if sampling.prompt_logprobs is not None:
+            self.output.prompt_logprobs = []
         if sampling.stop and tokenizer is None:
             raise ConfigError("stop strings need a tokenizer; pass tokenizer= or use stop_token_ids")
         self._stop = sampling.stop
@@ -327,6 +331,8 @@ class _Answer:
         answer = self.output
         if output.stats is not None:
             answer.stats = output.stats
+        if answer.prompt_logprobs is not None:
+            answer.prompt_logprobs += output.prompt_logprobs
         token_ids = output.token_ids
         size = 1 if self._stop else max(1, len(token_ids))
         for i in range(0, len(token_ids), size):

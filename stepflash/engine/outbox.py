@@ -145,6 +145,7 @@ def _joined(items: Sequence[Output | BaseException]) -> Iterator[Output | BaseEx
             request_id=last.request_id,
             token_ids=tuple([token_id for output in outputs for token_id in output.token_ids]),
             logprobs=tuple([logprob for output in outputs for logprob in output.logprobs]),
+            prompt_logprobs=outputs[0].prompt_logprobs,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             stats=last.stats,

@@ -136,6 +136,14 @@ class RemoteEngine:
             raise RequestError(
                 "max_tokens is needed: the upstream does not tell its context", param="max_tokens"
             )
+        if sampling.prompt_logprobs is not None:
+            # vLLM tells them only in answers that are not streamed, SGLang under rules of its own.
+            raise RequestError(
+                "the engine behind this server does not tell log-probabilities of prompts "
+                "(prompt_logprobs, echo with logprobs or without tokens)",
+                param="echo",
+                code="unsupported_parameter",
+            )
         if sampling.seed is not None and not self.upstream.takes_seeds:
             raise RequestError(
                 "seed: the SGLang server behind this one follows seeds only with --enable-deterministic-inference",

@@ -30,6 +30,8 @@ class SamplingParams:
     `seed` fixes the output whatever else runs and however deep speculation goes; None draws one.
     `logprobs` asks for that many alternatives beside each chosen token (0: the chosen one alone; None: none);
     they are those of the model itself, before temperature, penalties, bias and filters.
+    `prompt_logprobs` asks for the same of every token of the prompt but the first. None of it then comes from the
+    prefix cache, and `max_tokens` may be 0.
     `draft_depth` None adapts the speculation depth, 0 switches speculation off; output is the same in law.
     `max_tokens` None means up to the end of the context.
     """
@@ -48,10 +50,11 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     draft_depth: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "logprobs", "draft_depth"):
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "draft_depth"):
             self._convert(name, int, Integral, "a whole number")
         for name in (
             "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -71,8 +74,9 @@ class SamplingParams:
                     f"got {token_id!r}: {value!r}",
                     param="logit_bias",
                 )
+        least = 1 if self.prompt_logprobs is None else 0
         checks: tuple[tuple[str, bool, str], ...] = (
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= least, f"at least {least}"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
@@ -81,6 +85,11 @@ class SamplingParams:
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "between 0 and 20",
+            ),
             ("stop", all(self.stop), "non-empty strings"),
             (
                 "draft_depth",
@@ -95,7 +104,7 @@ class SamplingParams:
     def _convert(self, name: str, to: Callable[[Any], Any], kind: type, what: str) -> None:
         """Take other libraries' numbers as Python's, and nothing that is none."""
         value = getattr(self, name)
-        if type(value) is to or (value is None and name in ("max_tokens", "seed", "logprobs", "draft_depth")):
+        if type(value) is to or (value is None and name in _OPTIONAL):
             return
         if not _is_a(value, kind):
             raise RequestError(f"{name} must be {what}, got {value!r}", param=name)
@@ -103,6 +112,9 @@ class SamplingParams:
 
     def _set(self, name: str, values: tuple[Any, ...], to: Callable[[Any], Any] = str) -> None:
         object.__setattr__(self, name, tuple(to(value) for value in values))
+
+
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "draft_depth")
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -185,7 +197,7 @@ class CacheLookup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and the best alternatives as (token id, logprob)."""
+    """Log-probability of a token, and the best alternatives as (token id, logprob)."""
 
     token_id: int
     logprob: float
@@ -198,11 +210,13 @@ class Output:
 
     `token_ids` includes the stop token that ended the request. `stats` is a live view until then. `error` says why it
     failed; `request_error` is there, too, where that is the request's own fault, as of a grammar that cannot go on.
+    `prompt_logprobs` come with the first output, of every token of the prompt but the first.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None

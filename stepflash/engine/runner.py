@@ -19,7 +19,7 @@ from stepflash.engine.cuda_graphs import GraphNetwork
 from stepflash.engine.kv_cache import KVCache
 from stepflash.engine.network import Ahead, Drafts, ModelNetwork, NativeNetwork, Network
 from stepflash.engine.request import TokenLogprob
-from stepflash.engine.sampler import Choice, Row, Sampler
+from stepflash.engine.sampler import Choice, Row, Sampler, token_logprobs
 from stepflash.engine.scheduler import Scheduled
 from stepflash.engine.sequence import Sequence
 from stepflash.engine.speculative import (
@@ -35,6 +35,9 @@ from stepflash.kernels import build
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.weights.quantized import QuantDecoderLayer, QuantMTPLayer
 
+# Rows of logits at a time where the prompt's are wanted: a whole chunk of them could be a gigabyte.
+PROMPT_ROWS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class TrunkResult:
@@ -44,7 +47,7 @@ class TrunkResult:
     [tokens computed for good, hidden_size] are the trunk's, from slot `seq.num_computed` on. `ahead`: the next
     drafts of all sequences, where they were made in the same call. `earlier`: the tokens of steps that were taken
     before this one in the same call, all but the first with `num_drafts` drafts; `pending`: after those, what each
-    module from the second has yet to read.
+    module from the second has yet to read. `prompt_logprobs`: those that were not known yet, where they are wanted.
     """
 
     seq: Sequence
@@ -56,6 +59,7 @@ class TrunkResult:
     ahead: Drafts | None = None
     earlier: Seq[list[int]] = ()
     pending: Seq[Tensor] = ()
+    prompt_logprobs: Seq[TokenLogprob] = ()
 
 
 def make_network(model: Step3p5ForCausalLM, cache: KVCache, vocab_limit: int) -> Network:
@@ -139,8 +143,13 @@ class Runner:
         results, row, end = [], 0, 0
         for i, item in enumerate(plan):
             start, end = end, end + lengths[i]
+            of_prompt: list[TokenLogprob] = []
+            if item.seq.sampling.prompt_logprobs is not None:
+                of_prompt = self._prompt_logprobs(item, hidden_states[start:end])
             if not item.is_sampled:
-                results.append(TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end]))
+                results.append(
+                    TrunkResult(item.seq, [], [], 0, 0, hidden_states[start:end], prompt_logprobs=of_prompt)
+                )
                 continue
             count = len(verified[i])
             accepted = num_accepted(verified[i], chosen[row : row + count])
@@ -159,10 +168,25 @@ class Runner:
                     ahead.drafts if ahead else None,
                     [step[i] for step in ahead.earlier] if ahead else (),
                     ahead.pending[i :: len(plan)] if ahead else (),
+                    of_prompt,
                 )
             )
             row += count + 1
         return results
+
+    def _prompt_logprobs(self, item: Scheduled, hidden_states: Tensor) -> list[TokenLogprob]:
+        """Of the tokens of the prompt that follow those just computed, as far as they are wanted and not known."""
+        seq, found = item.seq, list[TokenLogprob]()
+        num_top, start = seq.sampling.prompt_logprobs, seq.num_computed
+        assert num_top is not None
+        end = min(start + item.num_tokens, seq.num_prompt_tokens - 1)
+        for begin in range(max(start, len(seq.prompt_logprobs)), end, PROMPT_ROWS):
+            rows = slice(begin, min(begin + PROMPT_ROWS, end))
+            logits = self.model.compute_logits(hidden_states[rows.start - start : rows.stop - start])
+            found += token_logprobs(logits, seq.token_ids[rows.start + 1 : rows.stop + 1], num_top)
+        if not all(math.isfinite(entry.logprob) for entry in found):
+            raise EngineError("the model produced logits that are not finite numbers")
+        return found
 
     def _run_ahead(
         self, plan: Seq[Scheduled], spans: Seq[Span], adaptive_depth: int, max_steps: int, single_blocks: bool

@@ -259,7 +259,9 @@ def _choice(raw: Tensor, rows: Sequence[Row], token_ids: list[int], best: list[f
         token_ids,
         [math.isfinite(value) for value in best],
         [
-            None if row.logprobs is None else _logprob(raw[i], token_ids[i], row.logprobs)
+            None
+            if row.logprobs is None
+            else token_logprobs(raw[i : i + 1], token_ids[i : i + 1], row.logprobs)[0]
             for i, row in enumerate(rows)
         ],
     )
@@ -285,13 +287,19 @@ def _apply(logits: Tensor, row: Row) -> None:
         logits.masked_fill_(to_device(~row.allowed, logits.device), float("-inf"))
 
 
-def _logprob(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Of one token for each row, as the model gives them: [num_rows, vocab_size]."""
     logprobs = logits.log_softmax(-1)
-    top: tuple[tuple[int, float], ...] = ()
+    index = to_device(torch.tensor(token_ids), logits.device)[:, None]
+    values = logprobs.gather(-1, index)[:, 0].tolist()
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(token_ids)
     if num_top:
-        values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id=token_id, logprob=float(logprobs[token_id]), top=top)
+        best, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
+        tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
+    return [
+        TokenLogprob(token_id=token_id, logprob=value, top=top)
+        for token_id, value, top in zip(token_ids, values, tops, strict=True)
+    ]
 
 
 def _mix(x: int) -> int:

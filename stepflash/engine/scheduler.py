@@ -111,7 +111,8 @@ class Scheduler:
     def _admit(self, seq: Sequence, now: float) -> bool:
         """Start a sequence on what is cached of it, if the rest of its tokens fits."""
         cache = self._cache
-        match = self._prefix.match(seq.token_ids) if self._prefix else None
+        reusable = seq.reusable
+        match = self._prefix.match(reusable) if self._prefix else None
         if match is not None and match.snapshot is not None:
             snapshot = match.snapshot
             blocks = cache.open(match.full, snapshot.block_ids, snapshot.first)
@@ -143,7 +144,9 @@ class Scheduler:
             seq.started_at = now
             seq.stats.queue_seconds = now - seq.submitted_at
             seq.stats.num_cached_tokens = seq.num_computed
-            seq.stats.cache_miss = match.miss if match else None
+            if match is not None:
+                is_limited = len(reusable) < len(seq.token_ids)
+                seq.stats.cache_miss = "prompt_logprobs need all of it" if is_limited else match.miss
         return True
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepflash.engine.constraints import Constraint, num_free
 from stepflash.engine.kv_cache import SequenceBlocks
-from stepflash.engine.request import Request, RequestStats, SamplingParams
+from stepflash.engine.request import Request, RequestStats, SamplingParams, TokenLogprob
 from stepflash.engine.sampler import SamplerState
 
 
@@ -67,6 +67,8 @@ class Sequence:
     boundary: tuple[int, tuple[Tensor, ...]] | None = None
     # Chance that draft k is right given that the ones before it are; a moving average.
     acceptance: list[float] = field(default_factory=list)
+    # Of the prompt's tokens from the second on, as far as they were asked for and are known.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     started_at: float | None = None
     first_token_at: float | None = None
 
@@ -86,6 +88,15 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens without keys and values; at least one while the sequence runs."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def reusable(self) -> list[int]:
+        """The tokens that may be looked for in the prefix cache: not those behind which log-probabilities are to be
+        computed, because the cache has no hidden states."""
+        num_known = len(self.prompt_logprobs)
+        if self.sampling.prompt_logprobs is None or num_known >= self.num_prompt_tokens - 1:
+            return self.token_ids
+        return self.token_ids[: num_known + 1]
 
     def restriction(self, num_tokens: int) -> Constraint | None:
         """What must be asked about the next `num_tokens` tokens; None if they may be anything."""

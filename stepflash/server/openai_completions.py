@@ -47,7 +47,7 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
     """
     for name, is_set, reason in (
         ("best_of", body.best_of not in (None, body.n or 1), "must be equal to n"),
-        ("echo", bool(body.echo) and body.logprobs is not None, "not supported together with logprobs"),
+        ("max_tokens", body.max_tokens == 0 and not body.echo, "0 is for echo alone"),
     ):
         if is_set:
             raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
@@ -56,6 +56,8 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
         raise RequestError(f"prompt: between 1 and {MAX_PROMPTS} prompts are allowed", param="prompt")
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     options = stream_options(body)
+    # Without tokens, reading the prompt is all that there is to ask for.
+    reads_prompt = bool(body.echo) and (body.logprobs is not None or not max_tokens)
     return CompletionRequest(
         prompts=prompts,
         sampling=sampling_params(
@@ -63,6 +65,7 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
             defaults,
             max_tokens=("max_tokens", max_tokens),
             logprobs=("logprobs", body.logprobs),
+            prompt_logprobs=("logprobs", (body.logprobs or 0) if reads_prompt else None),
             stop=stop_strings("stop", body.stop),
         ),
         num_choices=num_choices(body),
@@ -75,11 +78,22 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echo:
+    """The prompt in front of a choice. `first_token` is its first one, if log-probabilities are told of the others;
+    `hides_first`: that is not in the text, because the server put it there."""
+
+    text: str = ""
+    first_token: int | None = None
+    hides_first: bool = False
+
+
 class TokenTexts:
     """Texts of a choice's tokens, one after the other, and where each begins, in characters of the text."""
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
+    def __init__(self, token_bytes: TokenBytes, echo: Echo) -> None:
         self._token_bytes = token_bytes
+        self._is_hidden = echo.hides_first
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
 
@@ -89,24 +103,27 @@ class TokenTexts:
     def advance(self, token_id: int) -> int:
         """Where this token begins; the next one begins behind it."""
         begin = self._num_characters
-        self._num_characters += len(self._decoder.decode(self._token_bytes(token_id)))
+        if not self._is_hidden:
+            self._num_characters += len(self._decoder.decode(self._token_bytes(token_id)))
+        self._is_hidden = False
         return begin
 
 
 async def frames(
     head: ResponseHead,
     batches: AsyncGenerator[tuple[int, list[StreamItem]]],
-    echoed: Sequence[str],
+    echoes: Sequence[Echo],
     request: CompletionRequest,
     token_bytes: TokenBytes,
 ) -> AsyncGenerator[bytes]:
-    """The streamed reply; `echoed` holds what each choice begins with."""
-    usages = [Usage()] * len(echoed)
-    pending: list[list[TokenLogprob]] = [[] for _ in echoed]
-    texts = [TokenTexts(token_bytes) for _ in echoed]
-    for index, text in enumerate(echoed):
-        if text:
-            yield frame(response(head, [choice(index, text, None, (), texts[index])], None))
+    """The streamed reply; `echoes` are what each choice begins with."""
+    usages = [Usage()] * len(echoes)
+    pending: list[list[TokenLogprob]] = [[] for _ in echoes]
+    texts = [TokenTexts(token_bytes, echo) for echo in echoes]
+    waiting = {index: echo for index, echo in enumerate(echoes) if echo.first_token is not None}
+    for index, echo in enumerate(echoes):
+        if echo.text and index not in waiting:
+            yield frame(response(head, [choice(index, echo.text, None, None)], None))
     async with aclosing(batches):
         async for index, batch in batches:
             parts = []
@@ -116,6 +133,11 @@ async def frames(
                     case Progress():
                         usages[index] = item.usage
                         pending[index].extend(item.logprobs)
+                        if index in waiting:
+                            echo = waiting.pop(index)
+                            told = _logprobs(item.prompt_logprobs, texts[index], echo.first_token)
+                            choices = [choice(index, echo.text, None, told)]
+                            parts.append(frame(response(head, choices, None)))
                         continue
                     case TextLogprobs():
                         continue  # of text completions every token is told, whatever became of it
@@ -125,7 +147,7 @@ async def frames(
                         reason = item.reason
                 logprobs, pending[index] = pending[index], []
                 running = total_usage(usages, request.num_choices) if request.continuous_usage else None
-                choices = [choice(index, text, reason, logprobs, texts[index])]
+                choices = [choice(index, text, reason, _logprobs(logprobs, texts[index]))]
                 parts.append(frame(response(head, choices, running)))
             if parts:
                 yield b"".join(parts)
@@ -133,18 +155,12 @@ async def frames(
         yield frame(response(head, [], total_usage(usages, request.num_choices)))
 
 
-def choice(
-    index: int,
-    text: str,
-    reason: str | None,
-    logprobs: Sequence[TokenLogprob],
-    texts: TokenTexts,
-) -> dict[str, Any]:
+def choice(index: int, text: str, reason: str | None, logprobs: Mapping[str, Any] | None) -> dict[str, Any]:
     """A choice object; those of a stream differ from a whole one in their text alone."""
     return {
         "index": index,
         "text": text,
-        "logprobs": _logprobs(logprobs, texts) if logprobs else None,
+        "logprobs": logprobs,
         "finish_reason": None if reason is None else finish_reason(reason),
     }
 
@@ -163,9 +179,12 @@ def response(head: ResponseHead, choices: Sequence[Mapping[str, Any]], usage: Us
     return data
 
 
-def answer_choice(index: int, answer: Answer, echoed: str, token_bytes: TokenBytes) -> dict[str, Any]:
-    text = echoed + (answer.content or "")
-    return choice(index, text, answer.finish_reason, answer.logprobs, TokenTexts(token_bytes))
+def answer_choice(index: int, answer: Answer, echo: Echo, token_bytes: TokenBytes) -> dict[str, Any]:
+    logprobs = answer.logprobs
+    if echo.first_token is not None:
+        logprobs = answer.prompt_logprobs + logprobs
+    told = _logprobs(logprobs, TokenTexts(token_bytes, echo), echo.first_token)
+    return choice(index, echo.text + (answer.content or ""), answer.finish_reason, told)
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
@@ -178,12 +197,22 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str
     )
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, Any]:
+def _logprobs(
+    logprobs: Sequence[TokenLogprob], texts: TokenTexts, first_token: int | None = None
+) -> dict[str, Any] | None:
+    """`first_token` stands in front of them and has no log-probability."""
+    token_ids = [] if first_token is None else [first_token]
+    nothing = [None for _ in token_ids]
+    token_ids += [token.token_id for token in logprobs]
+    if not token_ids:
+        return None
     return {
-        "tokens": [texts.text(token.token_id) for token in logprobs],
-        "token_logprobs": [finite(token.logprob) for token in logprobs],
+        "tokens": [texts.text(token_id) for token_id in token_ids],
+        "token_logprobs": [*nothing, *(finite(token.logprob) for token in logprobs)],
+        # The best last: of tokens with the same text, as pieces of characters have it, that one is told.
         "top_logprobs": [
-            {texts.text(token_id): finite(value) for token_id, value in token.top} for token in logprobs
+            *nothing,
+            *({texts.text(i): finite(value) for i, value in reversed(token.top)} for token in logprobs),
         ],
-        "text_offset": [texts.advance(token.token_id) for token in logprobs],
+        "text_offset": [texts.advance(token_id) for token_id in token_ids],
     }

@@ -18,6 +18,7 @@ from stepflash.errors import StepflashError
 from stepflash.server import openai_chat_decode, openai_chat_encode, openai_completions
 from stepflash.server.direct_route import add_direct_route
 from stepflash.server.openai_chat_encode import ResponseHead
+from stepflash.server.openai_completions import CompletionRequest, Echo
 from stepflash.server.openai_errors import describe
 from stepflash.server.openai_schema import ChatBody, CompletionBody
 from stepflash.server.service import Service
@@ -66,16 +67,20 @@ class OpenAIRoutes:
             [as_choice(prompt, index) for prompt in prompts for index in range(body.num_choices)],
             body.scheduling,
         )
-        echoed = [self._echo(prompt, body.echo) for prompt in body.prompts for _ in range(body.num_choices)]
+        echoes = [
+            echo
+            for text, prompt in zip(body.prompts, prompts, strict=True)
+            for echo in [self._echo(text, prompt, body)] * body.num_choices
+        ]
         head = self._head("cmpl-")
         token_bytes = self.session.tokenizer.token_bytes
         if body.stream:
-            frames = openai_completions.frames(head, merge(streams), echoed, body, token_bytes)
+            frames = openai_completions.frames(head, merge(streams), echoes, body, token_bytes)
             return self._event_stream(request, frames)
         answers = await self.service.unless_gone(request, _whole(streams))
         choices = [
             openai_completions.answer_choice(index, answer, echo, token_bytes)
-            for index, (answer, echo) in enumerate(zip(answers, echoed, strict=True))
+            for index, (answer, echo) in enumerate(zip(answers, echoes, strict=True))
         ]
         usage = total_usage([answer.usage for answer in answers], body.num_choices)
         return JSONResponse(openai_completions.response(head, choices, usage))
@@ -124,10 +129,16 @@ class OpenAIRoutes:
             "max_input_tokens": self.session.max_context_tokens,
         }
 
-    def _echo(self, prompt: str | tuple[int, ...], echo: bool) -> str:
-        if not echo:
-            return ""
-        return prompt if isinstance(prompt, str) else self.session.tokenizer.decode(prompt)
+    def _echo(self, given: str | tuple[int, ...], prompt: Prompt, body: CompletionRequest) -> Echo:
+        if not body.echo:
+            return Echo()
+        tokenizer, token_ids = self.session.tokenizer, prompt.request.prompt_token_ids
+        text = given if isinstance(given, str) else tokenizer.decode(given)
+        return Echo(
+            text=text,
+            first_token=None if body.sampling.logprobs is None else token_ids[0],
+            hides_first=isinstance(given, str) and not text.startswith(tokenizer.decode(token_ids[:1])),
+        )
 
 
 async def _whole(streams: Sequence[AsyncGenerator[list[StreamItem]]]) -> list[Answer]:

@@ -356,6 +356,18 @@ def test_refused_before_anything_is_sent(stand_in: StandIn) -> None:
     assert stand_in.bodies == []
 
 
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_log_probabilities_of_prompts_are_refused(new_core: Callable[..., EngineCore], kind: str) -> None:
+    with Engine(new_core()) as engine:
+        server = StandIn(engine=engine, tokenizer=Tokenizer.from_pretrained(MICRO), kind=kind)
+        with running(server):
+            sampling = SamplingParams(prompt_logprobs=1, max_tokens=0)
+            (error,) = remote(server, Request(request_id="r", prompt_token_ids=PROMPT, sampling=sampling))
+    assert isinstance(error, RequestError)
+    assert (error.param, error.code) == ("echo", "unsupported_parameter")
+    assert server.bodies == []
+
+
 def test_sglang_without_deterministic_inference_follows_no_seed(new_core: Callable[..., EngineCore]) -> None:
     with Engine(new_core()) as engine:
         server = StandIn(
