@@ -81,28 +81,33 @@ struct Bf16 {
 
 // A pair of 16-bit integers per lane, the cached ones from 8 bits; sums are exact.
 struct Int8 {
-  using Sum = vi;
   static constexpr int64_t BYTES = 1;
 #if defined(__AVX512F__)
+  struct Sum { __v16si v; };  // as the instruction takes it: GCC 12 spills sums of a type that it must convert
   SF_INLINE vi load(const uint8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+  SF_INLINE vi integers(Sum sum) { return {(__m512i)sum.v}; }
+  SF_INLINE Sum to_sum(vi x) { return {(__v16si)x.v}; }
 #else
+  using Sum = vi;
   SF_INLINE vi load(const uint8_t* p) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p + 1))};
   }
+  SF_INLINE vi integers(Sum sum) { return sum; }
+  SF_INLINE Sum to_sum(vi x) { return x; }
 #endif
-  SF_INLINE vi dot(vi sum, vi cached, vi x) {
+  SF_INLINE Sum dot(Sum sum, vi cached, vi x) {
 #if defined(SF_NATIVE_DOT)
-    return {_mm512_dpwssd_epi32(sum.v, cached.v, x.v)};
+    return {(__v16si)_mm512_dpwssd_epi32((__m512i)sum.v, cached.v, x.v)};
 #elif defined(__AVX512F__)
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(cached.v, x.v))};
+    return {sum.v + (__v16si)_mm512_madd_epi16(cached.v, x.v)};
 #else
     return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(cached.a, x.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(cached.b, x.b))};
 #endif
   }
-  SF_INLINE vi none() { return set1i(0); }
-  SF_INLINE vi get(const float* p) { return loadi(p); }
-  SF_INLINE void put(float* p, vi sum) { storei(p, sum); }
-  SF_INLINE vf value(vi sum) { return to_float(sum); }
+  SF_INLINE Sum none() { return to_sum(set1i(0)); }
+  SF_INLINE Sum get(const float* p) { return to_sum(loadi(p)); }
+  SF_INLINE void put(float* p, Sum sum) { storei(p, integers(sum)); }
+  SF_INLINE vf value(Sum sum) { return to_float(integers(sum)); }
 };
 
 SF_INLINE void store_weights(uint16_t* out, vf x, Bf16) {
@@ -119,6 +124,8 @@ SF_INLINE vi pair_at(const uint16_t* p) {
   std::memcpy(&two, p, 4);
   return set1i(two);
 }
+
+SF_INLINE void ask(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 // Some rows of an item that are worked on together, one of `shares` alike. Each fetches its part ahead.
 struct Share {
@@ -311,25 +318,34 @@ class Rows {
   void score(const Share& share, int64_t g, int64_t first) {
     const int64_t row = share.row;
     typename Cell::Sum sum[R][N];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < N; ++i) sum[r][i] = Cell::none();
     const uint8_t *at[N], *ahead[N];
-    for (int i = 0; i < N; ++i) at[i] = keys[g + i], ahead[i] = stream[g - first + i + STREAMS];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      at[i] = keys[g + i], ahead[i] = stream[g - first + i + STREAMS];
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) sum[r][i] = Cell::none();
+    }
     const uint16_t* q = s.queries + row * dim;
     for (int64_t pair = 0, turn = share.number; pair < dim / 2; ++pair) {
       vi k[N];
+#pragma GCC unroll 4
       for (int i = 0; i < N; ++i) k[i] = Cell::load(at[i] + pair * key_stride);
       if (turn-- == 0) {
         turn = share.shares - 1;
-        for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead[i] + pair * key_stride, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) ask(ahead[i] + pair * key_stride);
       }
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         const vi x = pair_at(q + r * dim + 2 * pair);
+#pragma GCC unroll 4
         for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], k[i], x);
       }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       const vf scale = Cell::BYTES == 1 ? load(key_scales[g + i]) : set1(1.0f);
+#pragma GCC unroll 6
       for (int r = 0; r < R; ++r) store(s.scores + (row + r) * STRIDE + (g + i) * GROUP, Cell::value(sum[r][i]) * (scale * set1(score_unit[row + r])));
     }
   }
@@ -382,7 +398,9 @@ class Rows {
     const int64_t row = share.row;
     const bool is_first = g == first;
     typename Cell::Sum sum[R][N];
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
       for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
     for (int64_t turn = share.number; g < until; ++g) {
       const uint8_t* v = values[g] + d * 2 * Cell::BYTES;
@@ -390,18 +408,24 @@ class Rows {
       const uint16_t* p = s.weights + row * STRIDE + g * GROUP;
       for (int64_t j = 0; j < GROUP / 2; ++j) {
         vi x[N];
+#pragma GCC unroll 4
         for (int i = 0; i < N; ++i) x[i] = Cell::load(v + (j * dim + LANES * i) * 2 * Cell::BYTES);
         if (turn-- == 0) {
           turn = share.shares - 1;
-          for (int i = 0; i < N; ++i) _mm_prefetch((const char*)ahead + (j * dim + LANES * i) * 2 * Cell::BYTES, _MM_HINT_T0);
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) ask(ahead + (j * dim + LANES * i) * 2 * Cell::BYTES);
         }
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const vi w = pair_at(p + r * STRIDE + 2 * j);
+#pragma GCC unroll 4
           for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], x[i], w);
         }
       }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
       for (int i = 0; i < N; ++i) Cell::put(s.tile.out + (row + r) * dim + d + LANES * i, sum[r][i]);
   }
 };
