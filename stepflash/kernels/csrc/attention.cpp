@@ -20,7 +20,8 @@ namespace SF_ISA {
 
 constexpr int64_t GROUP = LANES, TILE = 512, GROUPS = TILE / GROUP, MAX_ROWS = 48, MAX_DIM = 256;
 constexpr int64_t STRIDE = TILE + 32;      // of rows of scores: not a power of two, for the L1 cache's sake
-constexpr int64_t STREAMS = 4;             // groups scored together, and how many groups ahead memory is asked for
+constexpr int64_t STREAMS = 4;             // groups scored together
+constexpr int64_t AHEAD = 8;               // how many groups ahead memory is asked for
 constexpr int64_t VALUE_GROUPS = 8;        // summed before accumulators rest in memory: 32 KB of values at 128 dimensions
 constexpr int64_t LARGEST = 32767;         // of a 16-bit query or probability
 static_assert(TILE * 127 * LARGEST < (int64_t(1) << 31) && MAX_DIM * 127 * LARGEST < (int64_t(1) << 31), "sums must fit into 32 bits");
@@ -172,7 +173,6 @@ class Rows {
     const int64_t begin = std::max(item->begin, base), end = std::min(item->end, base + TILE);
     const int64_t first = (begin - base) / GROUP, last = (end - base + GROUP - 1) / GROUP;  // groups
     find_groups(base, first, last, begin, end);
-    plan_stream(base, first, last);
     for (int64_t g = first; g < last; g += STREAMS) {
       const int64_t count = std::min(STREAMS, last - g);
       if (count == STREAMS) {
@@ -220,7 +220,7 @@ class Rows {
   const Item* item = nullptr;
   const int32_t* blocks = nullptr;
   int64_t group = 1;
-  const uint8_t *stream[2 * GROUPS + STREAMS];
+  const uint8_t *stream[2 * GROUPS + AHEAD];  // the groups in the order in which they are read
   const uint8_t *keys[GROUPS], *values[GROUPS];
   const float *key_scales[GROUPS], *value_scales[GROUPS];
   float score_unit[MAX_ROWS], weight_unit[MAX_ROWS];
@@ -248,38 +248,35 @@ class Rows {
     score_unit[r] *= peak / (float)LARGEST;
   }
 
-  // Where this head of the block of a position begins, in slots.
-  int64_t head_start(int64_t position) const { return block_head(a.cache, blocks[position / block_size], item->kv_head) * block_size; }
+  // Where this head of a block begins, in slots.
+  int64_t head_start(int64_t block) const { return block_head(a.cache, blocks[block], item->kv_head) * block_size; }
 
-  const uint8_t* key_group(int64_t position) const {
-    return (const uint8_t*)a.cache.k + (head_start(position) * dim + key_element(a.cache, position % block_size, 0)) * Cell::BYTES;
+  const uint8_t* key_group(int64_t block, int64_t offset) const {
+    return (const uint8_t*)a.cache.k + (head_start(block) * dim + key_element(a.cache, offset, 0)) * Cell::BYTES;
   }
 
-  // The groups in the order in which they are read: keys, values, and the first keys of the next tile.
-  void plan_stream(int64_t base, int64_t first, int64_t last) {
-    int64_t n = 0;
-    for (int64_t g = first; g < last; ++g) stream[n++] = keys[g];
-    for (int64_t g = first; g < last; ++g) stream[n++] = values[g];
-    for (int64_t i = 0; i < STREAMS; ++i, ++n) {
-      const int64_t position = base + TILE + i * GROUP;
-      stream[n] = is_direct && position < item->end ? key_group(position) : stream[n - 1];
-    }
-  }
-
+  // Where the groups lie. The stream has keys, values, and the first keys of the next tile.
   void find_groups(int64_t base, int64_t first, int64_t last, int64_t begin, int64_t end) {
-    const uint8_t* v = (const uint8_t*)a.cache.v;
-    for (int64_t g = first; g < last; ++g) {
-      const int64_t position = base + g * GROUP, low = std::max<int64_t>(0, begin - position), high = std::min(GROUP, end - position);
-      if (!is_direct) {
-        gather(g, position, low, high);
-        continue;
-      }
-      const int64_t at = head_start(position), offset = position % block_size;
-      keys[g] = key_group(position);
-      values[g] = v + (at * dim + value_element(a.cache, offset, 0)) * Cell::BYTES;
-      if (Cell::BYTES == 1) key_scales[g] = a.cache.k_scale + at + offset, value_scales[g] = a.cache.v_scale + at + offset;
-      if (Cell::BYTES == 2 && (low > 0 || high < GROUP)) hide_values(g, low, high);
+    int64_t position = base + first * GROUP, block = position / block_size, offset = position % block_size, n = last - first;
+    const auto step = [&] {
+      position += GROUP, offset += GROUP;
+      if (offset >= block_size) offset = 0, ++block;
+    };
+    for (int64_t g = first; g < last; ++g, step()) {
+      const int64_t low = std::max<int64_t>(0, begin - position), high = std::min(GROUP, end - position);
+      is_direct ? find(g, block, offset, low, high) : gather(g, position, low, high);
+      stream[g - first] = keys[g], stream[n + g - first] = values[g];
     }
+    n *= 2;
+    for (int64_t i = 0; i < AHEAD; ++i, ++n, step()) stream[n] = is_direct && position < item->end ? key_group(block, offset) : stream[n - 1];
+  }
+
+  void find(int64_t g, int64_t block, int64_t offset, int64_t low, int64_t high) {
+    const int64_t at = head_start(block);
+    keys[g] = key_group(block, offset);
+    values[g] = (const uint8_t*)a.cache.v + (at * dim + value_element(a.cache, offset, 0)) * Cell::BYTES;
+    if (Cell::BYTES == 1) key_scales[g] = a.cache.k_scale + at + offset, value_scales[g] = a.cache.v_scale + at + offset;
+    if (Cell::BYTES == 2 && (low > 0 || high < GROUP)) hide_values(g, low, high);
   }
 
   // A weight of zero does not hide what is not a number: values of a group outside [low, high) become zeros.
@@ -300,7 +297,7 @@ class Rows {
     T *k = (T*)(s.keys + g * group_bytes), *v = (T*)(s.values + g * group_bytes);
     std::memset(k, 0, group_bytes), std::memset(v, 0, group_bytes);
     for (int64_t j = low; j < high; ++j) {
-      const int64_t at = head_start(position + j), offset = (position + j) % block_size;
+      const int64_t at = head_start((position + j) / block_size), offset = (position + j) % block_size;
       const T *from_k = (const T*)a.cache.k + at * dim, *from_v = (const T*)a.cache.v + at * dim;
       for (int64_t d = 0; d < dim; ++d) {
         k[key_element(one, j, d)] = from_k[key_element(a.cache, offset, d)];
@@ -313,15 +310,15 @@ class Rows {
     key_scales[g] = s.key_scales + g * GROUP, value_scales[g] = s.value_scales + g * GROUP;
   }
 
-  // Scores of R rows and N groups, from keys that were asked for STREAMS groups ago.
+  // Scores of R rows and N groups, from keys that were asked for AHEAD groups ago.
   template <int R, int N>
-  void score(const Share& share, int64_t g, int64_t first) {
+  [[gnu::noinline]] void score(const Share& share, int64_t g, int64_t first) {
     const int64_t row = share.row;
     typename Cell::Sum sum[R][N];
     const uint8_t *at[N], *ahead[N];
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      at[i] = keys[g + i], ahead[i] = stream[g - first + i + STREAMS];
+      at[i] = keys[g + i], ahead[i] = stream[g - first + i + AHEAD];
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) sum[r][i] = Cell::none();
     }
@@ -394,7 +391,7 @@ class Rows {
 
   // out[row][d..] += weights * values over groups [g, until), for R rows and N vectors of dimensions.
   template <int R, int N>
-  void sum_values(const Share& share, int64_t d, int64_t g, int64_t until, int64_t first, int64_t last) {
+  [[gnu::noinline]] void sum_values(const Share& share, int64_t d, int64_t g, int64_t until, int64_t first, int64_t last) {
     const int64_t row = share.row;
     const bool is_first = g == first;
     typename Cell::Sum sum[R][N];
@@ -404,7 +401,7 @@ class Rows {
       for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
     for (int64_t turn = share.number; g < until; ++g) {
       const uint8_t* v = values[g] + d * 2 * Cell::BYTES;
-      const uint8_t* ahead = stream[last - first + g - first + STREAMS] + d * 2 * Cell::BYTES;
+      const uint8_t* ahead = stream[last - first + g - first + AHEAD] + d * 2 * Cell::BYTES;
       const uint16_t* p = s.weights + row * STRIDE + g * GROUP;
       for (int64_t j = 0; j < GROUP / 2; ++j) {
         vi x[N];
