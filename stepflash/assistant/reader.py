@@ -180,6 +180,7 @@ class AnswerReader:
         # What ends an answer within a burst must not depend on how long the burst is: nothing behind it counts.
         size = 1 if self._may_end_early else max(1, num_tokens)
         text_ids: tuple[int, ...] = ()
+        num_hidden = 0
         items: list[StreamItem] = []
         for begin in range(0, max(1, num_tokens), size):
             is_last = begin + size >= num_tokens
@@ -189,12 +190,14 @@ class AnswerReader:
             if reason == "stop" and is_last:
                 while shown and shown[-1] in self._eos_token_ids:
                     shown = shown[:-1]
+                num_hidden = len(part) - len(shown)
             text_ids += shown
             items += self._read(shown, output.logprobs[begin : begin + size], reason if is_last else None)
             if self.is_finished:
                 break
-        logprobs = output.logprobs[: len(text_ids)]
-        return [Progress(text_ids, logprobs, self._usage, output.prompt_logprobs), *items]
+        end = len(text_ids)
+        logprobs, stop_logprobs = output.logprobs[:end], output.logprobs[end : end + num_hidden]
+        return [Progress(text_ids, logprobs, self._usage, output.prompt_logprobs, stop_logprobs), *items]
 
     def _read(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None

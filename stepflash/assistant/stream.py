@@ -87,12 +87,13 @@ def total_usage(usages: Sequence[Usage], num_choices: int = 1) -> Usage:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One output of the engine beside its events. `token_ids` holds no stop token; `usage` is running.
-    `prompt_logprobs` come with the first."""
+    `prompt_logprobs` come with the first, `stop_logprobs`, of the stop token, with the last."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     usage: Usage
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop_logprobs: tuple[TokenLogprob, ...] = ()
     text_logprobs: TextLogprobs = TextLogprobs()
 
     def to_message(self) -> Message:
@@ -154,16 +156,18 @@ class Fold:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_logprobs: list[TokenLogprob] = field(default_factory=list)
     text_logprobs: TextLogprobs = TextLogprobs()
     usage: Usage = field(default_factory=Usage)
     finish_reason: FinishReason = "abort"
 
     def add(self, item: StreamItem) -> None:
         match item:
-            case Progress(token_ids, logprobs, usage, prompt_logprobs):
+            case Progress(token_ids, logprobs, usage, prompt_logprobs, stop_logprobs):
                 self.token_ids.extend(token_ids)
                 self.logprobs.extend(logprobs)
                 self.prompt_logprobs.extend(prompt_logprobs)
+                self.stop_logprobs.extend(stop_logprobs)
                 self.usage = usage
             case TextLogprobs(other, content):
                 before = self.text_logprobs
@@ -192,6 +196,7 @@ class Fold:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
+            stop_logprobs=tuple(self.stop_logprobs),
             text_logprobs=self.text_logprobs,
         )
 

@@ -80,20 +80,19 @@ def decode(body: CompletionBody, defaults: SamplingParams) -> CompletionRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Echo:
-    """The prompt in front of a choice. `first_token` is its first one, if log-probabilities are told of the others;
-    `hides_first`: that is not in the text, because the server put it there."""
+    """The prompt in front of a choice. `first_token` of its text has no log-probability, if those of the others are
+    told; `num_hidden` tokens are in front of it, which the server put there."""
 
     text: str = ""
     first_token: int | None = None
-    hides_first: bool = False
+    num_hidden: int = 0
 
 
 class TokenTexts:
     """Texts of a choice's tokens, one after the other, and where each begins, in characters of the text."""
 
-    def __init__(self, token_bytes: TokenBytes, echo: Echo) -> None:
+    def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._is_hidden = echo.hides_first
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
 
@@ -103,9 +102,7 @@ class TokenTexts:
     def advance(self, token_id: int) -> int:
         """Where this token begins; the next one begins behind it."""
         begin = self._num_characters
-        if not self._is_hidden:
-            self._num_characters += len(self._decoder.decode(self._token_bytes(token_id)))
-        self._is_hidden = False
+        self._num_characters += len(self._decoder.decode(self._token_bytes(token_id)))
         return begin
 
 
@@ -119,7 +116,7 @@ async def frames(
     """The streamed reply; `echoes` are what each choice begins with."""
     usages = [Usage()] * len(echoes)
     pending: list[list[TokenLogprob]] = [[] for _ in echoes]
-    texts = [TokenTexts(token_bytes, echo) for echo in echoes]
+    texts = [TokenTexts(token_bytes) for _ in echoes]
     waiting = {index: echo for index, echo in enumerate(echoes) if echo.first_token is not None}
     for index, echo in enumerate(echoes):
         if echo.text and index not in waiting:
@@ -133,9 +130,13 @@ async def frames(
                     case Progress():
                         usages[index] = item.usage
                         pending[index].extend(item.logprobs)
+                        if echoes[index].first_token is not None:
+                            pending[index].extend(item.stop_logprobs)
                         if index in waiting:
                             echo = waiting.pop(index)
-                            told = _logprobs(item.prompt_logprobs, texts[index], echo.first_token)
+                            told = _logprobs(
+                                item.prompt_logprobs[echo.num_hidden :], texts[index], echo.first_token
+                            )
                             choices = [choice(index, echo.text, None, told)]
                             parts.append(frame(response(head, choices, None)))
                         continue
@@ -182,8 +183,9 @@ def response(head: ResponseHead, choices: Sequence[Mapping[str, Any]], usage: Us
 def answer_choice(index: int, answer: Answer, echo: Echo, token_bytes: TokenBytes) -> dict[str, Any]:
     logprobs = answer.logprobs
     if echo.first_token is not None:
-        logprobs = answer.prompt_logprobs + logprobs
-    told = _logprobs(logprobs, TokenTexts(token_bytes, echo), echo.first_token)
+        # Harnesses leave out one generated token, whichever it is.
+        logprobs = answer.prompt_logprobs[echo.num_hidden :] + logprobs + answer.stop_logprobs
+    told = _logprobs(logprobs, TokenTexts(token_bytes), echo.first_token)
     return choice(index, echo.text + (answer.content or ""), answer.finish_reason, told)
 
 

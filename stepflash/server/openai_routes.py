@@ -134,11 +134,10 @@ class OpenAIRoutes:
             return Echo()
         tokenizer, token_ids = self.session.tokenizer, prompt.request.prompt_token_ids
         text = given if isinstance(given, str) else tokenizer.decode(given)
-        return Echo(
-            text=text,
-            first_token=None if body.sampling.logprobs is None else token_ids[0],
-            hides_first=isinstance(given, str) and not text.startswith(tokenizer.decode(token_ids[:1])),
-        )
+        # The bos token, unless the text begins with it.
+        num_hidden = int(isinstance(given, str) and not text.startswith(tokenizer.decode(token_ids[:1])))
+        is_told = body.sampling.logprobs is not None and len(token_ids) > num_hidden
+        return Echo(text=text, first_token=token_ids[num_hidden] if is_told else None, num_hidden=num_hidden)
 
 
 async def _whole(streams: Sequence[AsyncGenerator[list[StreamItem]]]) -> list[Answer]:

@@ -16,7 +16,7 @@ from stepflash.assistant.session import Session
 from stepflash.model.transformer import Step3p5ForCausalLM
 from stepflash.settings import EngineSettings
 from stepflash.weights.load import load_model
-from tests.scripted_engine import scripted_session
+from tests.scripted_engine import END, scripted_session
 from tests.server.in_process import client_of
 
 MICRO = Path(__file__).parents[1] / "fixtures" / "micro"
@@ -88,7 +88,7 @@ def test_prompt_and_answer_stand_in_one_list(
 ) -> None:
     tokenizer = session.tokenizer
     given = tokenizer.encode(TEXT)
-    # Text gets the bos token in front, which is no part of it.
+    # Text gets the bos token in front, which is not told: it is no part of the text.
     prompt_ids = [tokenizer.bos_token_id, *given] if is_text else given
     body = {
         "prompt": TEXT if is_text else given,
@@ -110,19 +110,18 @@ def test_prompt_and_answer_stand_in_one_list(
         if not max_tokens:
             assert choice["text"] == TEXT
         told = choice["logprobs"]
-        assert {len(values) for values in told.values()} == {len(prompt_ids) + max_tokens}
+        assert {len(values) for values in told.values()} == {len(given) + max_tokens}
         assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
-        expected = expected_logprobs(model, prompt_ids)
-        assert told["token_logprobs"][1 : len(prompt_ids)] == pytest.approx(expected, abs=2e-4)
+        expected = expected_logprobs(model, prompt_ids)[1 - len(given) :]
+        assert told["token_logprobs"][1 : len(given)] == pytest.approx(expected, abs=2e-4)
         assert all(
             value <= max(top.values())
             for value, top in zip(told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True)
         )
-        assert told["tokens"][: len(prompt_ids)] == [tokenizer.decode([i]) for i in prompt_ids]
+        assert told["tokens"][: len(given)] == [tokenizer.decode([i]) for i in given]
         # Every token stands where it says, as far as it is whole characters.
-        offsets, hidden = told["text_offset"], int(is_text)
-        assert offsets[: hidden + 1] == [0] * (hidden + 1)
-        for token, begin in list(zip(told["tokens"], offsets, strict=True))[hidden:]:
+        assert told["text_offset"][0] == 0
+        for token, begin in zip(told["tokens"], told["text_offset"], strict=True):
             if "\ufffd" not in token:
                 assert choice["text"][begin : begin + len(token)] == token
 
@@ -163,6 +162,23 @@ def test_a_prompt_of_one_token_and_no_prompt_logprobs(session: Session) -> None:
     assert refused.json()["error"]["param"] == "max_tokens"
     refused = client.post(URL, json={**body, "max_tokens": -1})
     assert refused.json()["error"]["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("text", ["", "ab"])
+def test_the_stop_token_is_told_with_an_echo(text: str) -> None:
+    """A harness that asks for one token more than it wants leaves out one, also where that ends the answer."""
+    client = client_of(scripted_session(text + END, bursts=[2]))
+    body = {"prompt": [5, 6, 7], "echo": True, "logprobs": 1, "max_tokens": 16}
+    (whole,) = client.post(URL, json=body).json()["choices"]
+    assert whole["logprobs"]["tokens"][3:] == [*text, END]
+    assert whole["logprobs"]["token_logprobs"] == [None, *[-0.25] * (3 + len(text))]
+    assert whole["logprobs"]["text_offset"][-1] == len(whole["text"])
+    response = client.post(URL, json={**body, "stream": True})
+    chunks = [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")]
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+    assert [token for part in told for token in part["tokens"]] == whole["logprobs"]["tokens"]
+    (plain,) = client.post(URL, json={**body, "echo": False}).json()["choices"]
+    assert (plain["logprobs"] or {"tokens": []})["tokens"] == [*text]
 
 
 def test_of_tokens_with_the_same_text_the_best_is_told() -> None:
