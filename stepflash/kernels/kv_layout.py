@@ -13,8 +13,10 @@ The number of dimensions tells which one a tensor has. Scales are those of int8 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -63,8 +65,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     num_bytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or not num_bytes:
         return torch.zeros(shape, dtype=dtype, device=device)
-    # `torch.zeros` writes every page; those that come from the system are zero as they are.
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
+    # `torch.zeros` writes every page; those that come from the system are zero as they are. Private ones may be huge,
+    # which spares a long context TLB misses.
+    if sys.platform != "linux":
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def block_size_of(k_cache: Tensor) -> int:
