@@ -102,14 +102,21 @@ class KVCache:
         self.group_layers = group_layers(config, limits.num_modules)
         self.block_bytes = block_bytes(config, limits)
         num_blocks = plan_blocks(config, limits, kv_cache_bytes)
+        try:
+            self.layers = {
+                index: self._new_layer(config, index, group, num_blocks[group])
+                for group, indices in enumerate(self.group_layers)
+                for index in indices
+            }
+        except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+            size = sum(map(int.__mul__, num_blocks, self.block_bytes)) / 2**30
+            raise ConfigError(
+                f"kv_cache_bytes: this machine does not give {size:,.1f} GiB for keys and values ({error}); "
+                "ask for less"
+            ) from error
         self.pools = (BlockPool(num_blocks[FULL]), BlockPool(num_blocks[SLIDING]))
         # Asked to free blocks of a group when a pool runs dry; the prefix cache puts itself here.
         self.evict: Callable[[int, int], None] = lambda group, count: None
-        self.layers = {
-            index: self._new_layer(config, index, group, num_blocks[group])
-            for group, indices in enumerate(self.group_layers)
-            for index in indices
-        }
         slots = limits.max_model_len + LOOKAHEAD_SLOTS
         table_shape = (limits.max_num_seqs, -(-slots // limits.block_size))
         self.tables = tuple(np.zeros(table_shape, dtype=np.int32) for _ in (FULL, SLIDING))

@@ -130,6 +130,12 @@ def test_a_cache_takes_memory_when_it_is_written_and_not_before() -> None:
     assert resident() - before >= cache.layers[0].keys[:1000].nbytes
 
 
+def test_more_than_the_machine_gives_is_refused_with_the_numbers() -> None:
+    config = ModelConfig.from_pretrained(MICRO)
+    with pytest.raises(ConfigError, match=r"does not give 8,388,6\d\d\.\d GiB for keys and values"):
+        KVCache(config, limits(max_model_len=512), kv_cache_bytes=1 << 53)
+
+
 @settings(max_examples=60)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=3),
