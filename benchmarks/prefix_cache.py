@@ -2,8 +2,8 @@
 
 Two comparisons, each of which takes turns; medians, and their ratio:
 
-- modules: a request with `draft_depth` 0, alone, in an engine whose prediction modules read along for the next one,
-  against an engine without modules: seconds for a prompt and for an answer;
+- modules: a request with `draft_depth` 0, alone, in an engine with prediction modules, which must not run for it,
+  against an engine without them: seconds for a prompt and for an answer;
 - saving: tokens a second of a load without a pause, each request with a prompt of its own, while the cache is saved
   to a file and while it is not.
 """

@@ -24,20 +24,20 @@ from stepflash.engine.depth_controller import DepthController
 from stepflash.engine.disk import origin
 from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, MAX_MODULES, SNAPSHOT_SHARE, CacheLimits, KVCache
 from stepflash.engine.prefix import PrefixCache
+from stepflash.engine.reading import Reading
 from stepflash.engine.request import (
     CacheLookup,
     FinishReason,
     Output,
     Request,
     RequestStats,
-    SamplingParams,
 )
 from stepflash.engine.runner import Runner, TrunkResult
 from stepflash.engine.sampler import Sampler
 from stepflash.engine.saver import Saver
 from stepflash.engine.scheduler import Scheduled, Scheduler
 from stepflash.engine.sequence import MtpState, Sequence
-from stepflash.engine.speculative import DraftJob, wanted_depth
+from stepflash.engine.speculative import DraftJob, follows_engine, wanted_depth
 from stepflash.errors import ConfigError, EngineError, PromptTooLong, QueueFull, RequestError, StepflashError
 from stepflash.model.transformer import Step3p5ForCausalLM
 
@@ -94,6 +94,9 @@ class EngineCore:
             before_preemption=self._remember,
         )
         self.depth = DepthController(self.num_modules)
+        self.reading = Reading(
+            self.cache, self.depth, config.max_deferred_tokens, is_shared=self.prefix is not None
+        )
         eos = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
         self._eos_token_ids = frozenset(eos)
         self._sequences: dict[str, Sequence] = {}
@@ -172,24 +175,16 @@ class EngineCore:
             constraint=request.constraint,
             stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos_token_ids,
             max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            num_modules=self._modules_of(sampling),
             arrival=self._num_arrivals,
             submitted_at=time.perf_counter(),
             token_ids=list(prompt),
             stats=RequestStats(num_prompt_tokens=len(prompt)),
-            acceptance=list(self.depth.acceptance),
         )
+        self.reading.begin(seq, self._counters["steps"])
         self._num_arrivals += 1
         self._counters["prompt"] += len(prompt)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
-
-    def _modules_of(self, sampling: SamplingParams) -> int:
-        """Modules that read along. All of them where prefixes are shared, whatever depth this request asks for:
-        the next one may ask for another, and must find their keys and states."""
-        if self.prefix is not None or sampling.draft_depth is None:
-            return self.num_modules
-        return min(sampling.draft_depth, self.num_modules)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; its blocks are free when this returns. None if it is not running."""
@@ -227,7 +222,12 @@ class EngineCore:
                 stuck = self.scheduler.waiting[0]
                 outputs.append(self._fail(stuck, EngineError("the request does not fit into the KV cache")))
             return outputs
-        depth, max_steps = self._choose_depth(plan)
+        self.reading.wake((item.seq for item in plan), self._counters["steps"])
+        # A depth for all sequences that leave it to the engine, which run in the same batch; and for how many steps.
+        following = [item.seq for item in plan if item.is_sampled and follows_engine(item.seq)]
+        num_others = sum(item.is_sampled for item in plan) - len(following)
+        depth = self.depth.choose([seq.acceptance for seq in following], num_others)
+        max_steps = self.depth.num_steps if following else MAX_STEPS_AHEAD
         num_captured = self.runner.num_captured
         results, failures = self._run_trunk(plan, depth, max_steps)
         num_steps = 1 + max((len(result.earlier) for _, result in results), default=0)
@@ -259,7 +259,7 @@ class EngineCore:
                 outputs.append(replace(output, finish_reason=None) if is_broken else output)
         outputs += [self._fail(job.seq, error) for job, error in broken]
         if self.runner.num_captured == num_captured:
-            self._observe(plan, jobs, depth, num_steps, time.perf_counter() - start)
+            self._observe(plan, jobs, len(following), depth, num_steps, time.perf_counter() - start)
         if self.saver is not None:
             self.saver.turn()
         return outputs
@@ -332,17 +332,6 @@ class EngineCore:
             and now - seq.submitted_at > seq.request.deadline_seconds
         ]
         return [self._finish(_ended(seq, "abort", stop_reason="deadline")) for seq in late]
-
-    def _choose_depth(self, plan: Seq[Scheduled]) -> tuple[int, int]:
-        """The depth of all adaptive sequences of this step, which run in the same batch; and how many steps of it."""
-        adaptive = [
-            item.seq.acceptance
-            for item in plan
-            if item.seq.sampling.draft_depth is None and item.is_sampled and item.seq.num_modules
-        ]
-        if not adaptive:
-            return 0, MAX_STEPS_AHEAD
-        return self.depth.choose(adaptive), self.depth.num_steps
 
     def _run_trunk(
         self, plan: Seq[Scheduled], depth: int, max_steps: int
@@ -426,8 +415,9 @@ class EngineCore:
         self, seq: Sequence, result: TrunkResult, before: int, depth: int, is_last: bool
     ) -> DraftJob | None:
         """What is left to do for the modules; None for a finished sequence that leaves no new snapshot."""
-        snapshots = self._snapshots(seq, before)
+        snapshots, now = self._snapshots(seq, before), self._counters["steps"]
         if is_last:
+            self.reading.judge(seq, now, is_last=True)
             # Whoever continues this answer starts at its last block, so the modules must be up to date there.
             boundary = seq.num_computed - seq.num_computed % self.config.block_size
             is_newer = boundary > (seq.boundary[0] if seq.boundary else 0)
@@ -443,8 +433,8 @@ class EngineCore:
                 seq.drafts, seq.drafts_are_forced = list(forced[: min(room, MAX_FORCED_TOKENS)]), True
             else:
                 wanted = min(wanted_depth(seq, depth), room)
-            if not wanted and self._gives_up(seq):
-                seq.num_modules, seq.mtp = 0, MtpState()
+            if not wanted:
+                self.reading.judge(seq, now, is_last=False)
         return DraftJob(
             seq,
             result.hidden_states,
@@ -452,17 +442,6 @@ class EngineCore:
             must_advance=is_last or bool(snapshots) or not result.token_ids,
             snapshots=snapshots,
             ahead=result.ahead,
-        )
-
-    def _gives_up(self, seq: Sequence) -> bool:
-        """Whether the modules need not read along any more, where they would have to now: drafts are not worth it,
-        and there is no cache for whose sake. The next request tries again."""
-        return (
-            self.prefix is None
-            and seq.num_modules > 0
-            and seq.sampling.draft_depth is None
-            and len(seq.token_ids) - seq.mtp.num_computed[0] >= self.config.max_deferred_tokens
-            and self.depth.is_hopeless(seq.acceptance)
         )
 
     def _snapshots(self, seq: Sequence, before: int) -> frozenset[int] | None:
@@ -499,6 +478,7 @@ class EngineCore:
         assert seq.blocks is not None
         sliding = self.cache.sliding_before(seq.blocks, boundary)
         if boundary and sliding is not None:
+            self.reading.forget(seq, boundary)
             full = seq.blocks.full[: boundary // self.cache.block_size]
             node = self.prefix.insert(seq.token_ids, full)
             self.prefix.add_snapshot(node, *sliding, carries)
@@ -549,19 +529,26 @@ class EngineCore:
         return replace(self._finish(_ended(seq, "error")), error=message, request_error=fault)
 
     def _observe(
-        self, plan: Seq[Scheduled], jobs: Seq[DraftJob], depth: int, num_steps: int, seconds: float
+        self,
+        plan: Seq[Scheduled],
+        jobs: Seq[DraftJob],
+        num_following: int,
+        depth: int,
+        num_steps: int,
+        seconds: float,
     ) -> None:
-        """Time steps for the depth controller when they were nothing but decoding at one depth."""
+        """Time steps for the depth controller when they were nothing but decoding, all followers at one depth."""
         if len(jobs) < len(plan):
             return
-        is_even = True
+        if all(item.seq.sampling.draft_depth is None for item in plan):
+            self._last_depth = depth
+        num_even = 0
         for item, job in zip(plan, jobs, strict=True):
-            if item.seq.sampling.draft_depth is not None:
+            if item.num_tokens > 1 or len(item.drafts) != job.depth:
                 return
-            is_even = is_even and len(item.drafts) == job.depth == depth
-        self._last_depth = depth
-        if is_even:
-            self.depth.observe(len(plan), depth, seconds, num_steps)
+            num_even += job.depth == depth and follows_engine(item.seq)
+        if num_even == num_following > 0:
+            self.depth.observe(num_following, depth, seconds, num_steps, len(plan) - num_following)
 
 
 def _ended(seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> Output:

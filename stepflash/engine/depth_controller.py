@@ -33,10 +33,10 @@ class _Costs:
 class DepthController:
     """Chooses the speculation depth of a step from measured acceptance and measured step times.
 
-    Steps are timed per number of sequences (in powers of two), so whatever a depth really costs, extra experts and
-    dispatch included, is in the number. The depth with most expected tokens per second wins. The others are
-    measured again now and then, because contexts grow and texts change, and more and more seldom while that
-    changes nothing. A probe is compared with the steps just before it: a machine that gets slower for a while
+    Steps are timed per number of sequences, and of others beside them, in powers of two, so whatever a depth really
+    costs, extra experts and dispatch included, is in the number. The depth with most expected tokens per second wins.
+    The others are measured again now and then, because contexts grow and texts change, and more and more seldom while
+    that changes nothing. A probe is compared with the steps just before it: a machine that gets slower for a while
     gets slower for all depths, and must not make one look better than another.
     """
 
@@ -50,23 +50,30 @@ class DepthController:
     # A choice stands for so many steps: to think it over in every step would itself cost some percent of a small
     # model's.
     HOLD = 8
-    # Another depth must promise so much more before it is taken.
+    # Another depth must promise so much more before it is taken; none at all is taken where it is as good.
     MARGIN = 1.02
-    # Less than this share of the speed without drafts at every depth: not worth that modules read along.
-    HOPELESS = 0.75
+    # What a sequence may hope for before its own drafts are known, whatever became of others.
+    HOPE = 0.6
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth
-        # Prior for new sequences; follows what is measured slowly.
-        self.acceptance = [0.6] * max_depth
-        self._costs: dict[int, _Costs] = {}
+        # Of all sequences; follows what is measured slowly.
+        self.acceptance = [self.HOPE] * max_depth
+        self._costs: dict[tuple[int, int], _Costs] = {}
         self._last: _Costs | None = None
+        self._others = 0.0  # beside each sequence of the last choice
 
-    def choose(self, acceptances: Seq[Seq[float]]) -> int:
-        """Depth for a step of sequences with these chances (see `Sequence.acceptance`)."""
+    def prior(self) -> list[float]:
+        """Chances of a sequence that has yet to show its own: high enough to be tried."""
+        return [max(chance, self.HOPE) for chance in self.acceptance]
+
+    def choose(self, acceptances: Seq[Seq[float]], num_others: int = 0) -> int:
+        """Depth for a step of sequences with these chances (see `Sequence.acceptance`), and of others that get a
+        token each whatever is chosen."""
         if not acceptances or not self.max_depth:
             return 0
-        costs = self._last = self._bucket(len(acceptances))
+        costs = self._last = self._bucket(len(acceptances), num_others)
+        self._others = num_others / len(acceptances)
         if costs.held > 0:
             costs.held -= 1
             return costs.current
@@ -86,11 +93,12 @@ class DepthController:
             costs.num_tries = 1
             return costs.probe
         rates = [
-            sum(expected_tokens(chances, depth) for chances in acceptances) / costs.relative[depth]
-            for depth in range(self.max_depth + 1)
+            (num_others + sum(expected_tokens(chances, depth) for chances in acceptances)) / seconds
+            for depth, seconds in enumerate(_plausible(costs.relative))
         ]
         best = max(range(self.max_depth + 1), key=rates.__getitem__)
-        if best != costs.current and rates[best] > self.MARGIN * rates[costs.current]:
+        margin = self.MARGIN if best else 1.0
+        if best != costs.current and rates[best] >= margin * rates[costs.current]:
             costs.current = best
             costs.recent.clear()
             costs.interval = costs.countdown = self.PROBE_INTERVAL
@@ -106,16 +114,19 @@ class DepthController:
         return 1 + costs.held if costs.probe is None else max(1, self.PROBE_STEPS - len(costs.probed))
 
     def is_hopeless(self, acceptance: Seq[float]) -> bool:
-        """Whether drafts for a sequence with these chances cost far more than they bring, as steps went of late."""
-        relative = self._last.relative if self._last else [math.nan]
+        """Whether no depth is worth its time for a sequence with these chances, as steps went of late."""
+        relative = _plausible(self._last.relative) if self._last else [math.nan]
         return not any(map(math.isnan, relative)) and all(
-            expected_tokens(acceptance, depth) * relative[0] < self.HOPELESS * relative[depth]
+            (self._others + expected_tokens(acceptance, depth)) * relative[0]
+            < self.MARGIN * (self._others + 1) * relative[depth]
             for depth in range(1, self.max_depth + 1)
         )
 
-    def observe(self, num_seqs: int, depth: int, seconds: float, num_steps: int = 1) -> None:
+    def observe(
+        self, num_seqs: int, depth: int, seconds: float, num_steps: int = 1, num_others: int = 0
+    ) -> None:
         """Steps after one choice, in which each of `num_seqs` sequences verified `depth` drafts and proposed more."""
-        costs = self._bucket(num_seqs)
+        costs = self._bucket(num_seqs, num_others)
         costs.held = max(0, costs.held - num_steps + 1)
         seconds = max(seconds / num_steps, 1e-9)  # of a clock that stands still
         if len(costs.warm_up[depth]) < self.WARM_UP_SAMPLES:
@@ -136,8 +147,8 @@ class DepthController:
             acceptance[k] += 0.1 * (outcome - acceptance[k])
             self.acceptance[k] += 0.02 * (outcome - self.acceptance[k])
 
-    def _bucket(self, num_seqs: int) -> _Costs:
-        key = num_seqs.bit_length()
+    def _bucket(self, num_seqs: int, num_others: int) -> _Costs:
+        key = num_seqs.bit_length(), num_others.bit_length()
         if key not in self._costs:
             depths = range(self.max_depth + 1)
             fresh = _Costs([math.nan for _ in depths], [[] for _ in depths])
@@ -164,6 +175,11 @@ class DepthController:
         costs.probe = None
         costs.probed.clear()
         costs.countdown = countdown
+
+
+def _plausible(relative: Seq[float]) -> list[float]:
+    """No drafts save time by their work: where they seem to, the machine was slow in between."""
+    return [max(seconds, relative[0]) for seconds in relative]
 
 
 def expected_tokens(acceptance: Seq[float], depth: int) -> float:

@@ -366,7 +366,9 @@ def _restore(links: Sequence[_StoredLink], cache: KVCache, prefix: PrefixCache, 
         for one in kept:
             ids = [token_id for row in one.path for token_id in token_ids[row]]
             node = prefix.insert(ids, [taken[FULL][row] for row in one.path])
-            carries = [one.link.read(f"carry.{one.index}.{k}") for k in range(cache.limits.num_modules)]
+            names = [f"carry.{one.index}.{k}" for k in range(cache.limits.num_modules)]
+            # All or none: a sequence whose modules slept leaves no states.
+            carries = [one.link.read(name) for name in names if f"carry.{one.index}.0" in one.link.header]
             prefix.add_snapshot(
                 node,
                 one.first,

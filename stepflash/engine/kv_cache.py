@@ -215,6 +215,18 @@ class KVCache:
             del blocks.sliding[:count]
             blocks.sliding_first += count
 
+    def clear_modules(self, blocks: SequenceBlocks, begin: int, end: int) -> None:
+        """Empty the blocks that begin in slots `begin` to `end` - 1 in the layers of the MTP modules, which have not
+        written there: what somebody else left would be attended to."""
+        first, last = (-(-slot // self.block_size) for slot in (begin, end))
+        sliding = slice(max(0, first - blocks.sliding_first), max(0, last - blocks.sliding_first))
+        ids = (blocks.full[first:last], blocks.sliding[sliding])
+        for layer in self.layers.values():
+            if layer.first_slot and ids[layer.group]:
+                for tensor in (layer.keys, layer.values, layer.k_scale, layer.v_scale):
+                    if tensor is not None:
+                        tensor[ids[layer.group]] = 0
+
     def close(self, blocks: SequenceBlocks) -> None:
         """The sequence lets go of everything; blocks that the prefix cache holds stay."""
         self.pools[FULL].release(blocks.full)

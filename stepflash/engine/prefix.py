@@ -1,10 +1,9 @@
 """The prefix cache: blocks of finished work, found again by their tokens.
 
-A tree whose nodes are blocks of `block_size` tokens, keyed by the tokens themselves, so there are no collisions.
-A node holds the full-attention block of its tokens, which all MTP modules of the engine have read. Full blocks alone
-cannot continue a sequence: sliding layers need their last window and the MTP modules the hidden states of the last
-token. A `Snapshot` holds those; it is kept at chosen nodes, costs references to blocks that exist anyway, and is
-what a request can continue from.
+A tree whose nodes are blocks of `block_size` tokens, keyed by the tokens themselves, so there are no collisions. A
+node holds the full-attention block of its tokens. Full blocks alone cannot continue a sequence: sliding layers need
+their last window and the MTP modules the hidden states of the last token. A `Snapshot` holds those; it is kept at
+chosen nodes, costs references to blocks that exist anyway, and is what a request can continue from.
 Everything here can be evicted, least recently used first.
 """
 
@@ -28,7 +27,7 @@ class Snapshot:
     """What continuing at a block boundary needs beside the full blocks.
 
     Sliding blocks `block_ids`, the first being number `first` of the sequence; `carries[k - 1]` [1, hidden_size]
-    is what module k - 1 (0: the trunk) left at the last token.
+    is what module k - 1 (0: the trunk) left at the last token. Without them, modules begin anew behind it.
     """
 
     first: int

@@ -116,11 +116,10 @@ class Scheduler:
         if match is not None and match.snapshot is not None:
             snapshot = match.snapshot
             blocks = cache.open(match.full, snapshot.block_ids, snapshot.first)
-            seq.mtp = MtpState.at_boundary(match.num_tokens, snapshot.carries)
             seq.num_computed = match.num_tokens
         else:
+            snapshot = None
             blocks = cache.open()
-            seq.mtp = MtpState.at_start(seq.num_modules)
         num_slots = len(seq.token_ids) + LOOKAHEAD_SLOTS
         try:
             cache.grow(blocks, FULL, num_slots)
@@ -138,6 +137,7 @@ class Scheduler:
             return False
         seq.blocks = blocks
         seq.boundary = None
+        seq.begin_modules(snapshot.carries if snapshot is not None else ())
         self.num_cached_tokens += seq.num_computed
         self.num_admitted_tokens += len(seq.token_ids)
         if seq.started_at is None:

@@ -155,7 +155,15 @@ class _Work:
 def wanted_depth(seq: Sequence, adaptive_depth: int) -> int:
     """Drafts that a sequence would like to have, were there no end to it."""
     own = seq.sampling.draft_depth
-    return min(adaptive_depth if own is None else own, seq.num_modules)
+    if own is None:
+        own = adaptive_depth if follows_engine(seq) else 0
+    return min(own, seq.num_modules)
+
+
+def follows_engine(seq: Sequence) -> bool:
+    """Whether the engine chooses the depth, and the modules are ready for any."""
+    is_ready = seq.num_modules > 0 and len(seq.token_ids) >= seq.drafts_from
+    return is_ready and seq.sampling.draft_depth is None
 
 
 def depth_ahead(seqs: Seq[Sequence], adaptive_depth: int) -> int:
@@ -443,7 +451,7 @@ def _keep_carries(job: DraftJob, feeds: _Feeds, block_size: int) -> None:
         return
     last = job.seq.num_computed // block_size * block_size
     for boundary in job.snapshots | {last}:
-        carries = []
+        carries, began_behind = [], False
         for k, (start, rows) in enumerate(feeds):
             kept = job.mtp.at_last_boundary[k]
             if rows is not None and 0 <= boundary - start < rows.shape[0]:
@@ -453,8 +461,13 @@ def _keep_carries(job: DraftJob, feeds: _Feeds, block_size: int) -> None:
                 carries.append(row)
             elif kept is not None and kept[0] == boundary:
                 carries.append(kept[1])
+            else:
+                # A module that began in the middle of the text has nothing there: the snapshot is without.
+                began_behind = began_behind or start > boundary
         if len(carries) == job.seq.num_modules:
             job.carries[boundary] = tuple(carries)
+        elif began_behind:
+            job.carries[boundary] = ()
 
 
 def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -301,13 +301,13 @@ def test_logits_that_are_not_numbers_end_their_request_alone(
 def test_modules_do_not_read_along_for_hopeless_drafts(
     new_core: NewCore, monkeypatch: pytest.MonkeyPatch, prefix_caching: bool
 ) -> None:
-    """Unless others may want their states; who asks for drafts has them, and all answers stay as they are."""
+    """Who asks for drafts has them, and all answers stay as they are."""
     prompts = {"adaptive": [5, 6, 7] * 7, "fixed": [9, 8, 7, 6] * 4}
     plain = drive(
         new_core(), *(request(name, ids, max_tokens=90, draft_depth=0) for name, ids in prompts.items())
     )
     core = new_core(prefix_caching=prefix_caching, max_deferred_tokens=16)
-    monkeypatch.setattr(core.depth, "choose", lambda _: 0)
+    monkeypatch.setattr(core.depth, "choose", lambda *_: 0)
     monkeypatch.setattr(core.depth, "is_hopeless", lambda _: True)
     core.add(request("adaptive", prompts["adaptive"], max_tokens=90))
     core.add(request("fixed", prompts["fixed"], max_tokens=90, draft_depth=2))
@@ -322,7 +322,7 @@ def test_modules_do_not_read_along_for_hopeless_drafts(
             tokens[output.request_id] += output.token_ids
         core.check_integrity()
     assert tokens == {name: finished.token_ids for name, finished in plain.items()}
-    assert sequences["adaptive"].num_modules == (3 if prefix_caching else 0)
+    assert sequences["adaptive"].num_modules == 0
     assert sequences["fixed"].num_modules == (3 if prefix_caching else 2)
 
 

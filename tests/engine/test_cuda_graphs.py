@@ -283,7 +283,7 @@ def test_the_engine_answers_the_same(
         core.runner.network = graph_network(core) if has_graphs else ModelNetwork(model, core.cache)
         plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
         if depth is None:
-            monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
+            monkeypatch.setattr(core.depth, "choose", lambda *_, plan=plan: next(plan))
         finished = drive(core, *asked).values()
         found.append(
             [(f.token_ids, [o.logprobs for o in f.outputs], f.stats.num_accepted_tokens) for f in finished]
@@ -309,7 +309,7 @@ def test_drafts_within_the_trunk_s_call_leave_the_same_behind(
     monkeypatch.setattr(network, "trunk_ahead", lambda *args: ahead.append(run(*args)) or ahead[-1])
     for core in cores:
         depths = iter(plan * 200)
-        monkeypatch.setattr(core.depth, "choose", lambda _, depths=depths: next(depths))
+        monkeypatch.setattr(core.depth, "choose", lambda *_, depths=depths: next(depths))
         for i, prompt in enumerate(prompts):
             core.add(request(str(i), prompt, max_tokens=100))
     num_steps = 0

@@ -191,7 +191,7 @@ def test_drafts_of_deferred_modules_are_exact(
     core = new_core(max_deferred_tokens=9)
     depths = [0, 0, 3, 1, 1, 1, 3, 0, 2, 2, 3] + [0] * 30 + [3, 1, 2, 3]
     plan = iter(depths * 3)
-    monkeypatch.setattr(core.depth, "choose", lambda acceptances: next(plan))
+    monkeypatch.setattr(core.depth, "choose", lambda *_: next(plan))
     rounds: list[tuple[list[int], list[int]]] = []
     commit = core._commit_drafts
 

@@ -124,7 +124,7 @@ def test_drafts_are_the_same_however_they_are_made(
             monkeypatch.setattr(speculative, "_waits", lambda *_: False)
         plan = iter([3, 1, 0, 2, 3, 3, 1, 1, 0, 0] * 50)
         if depth is None:
-            monkeypatch.setattr(core.depth, "choose", lambda _, plan=plan: next(plan))
+            monkeypatch.setattr(core.depth, "choose", lambda *_, plan=plan: next(plan))
         snapshots: list[tuple[str, int, list[list[float]]]] = []
         monkeypatch.setattr(
             core,

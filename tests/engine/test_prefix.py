@@ -104,13 +104,18 @@ def test_a_miss_is_explained() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, None])
 def test_every_draft_depth_finds_what_any_other_left(
-    new_core: Callable[..., EngineCore], golden: tuple[list[int], list[int]], first: int | None
+    new_core: Callable[..., EngineCore],
+    golden: tuple[list[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    first: int | None,
 ) -> None:
-    """The answer is the golden one, and drafts are as good as in an engine that has always drafted."""
+    """The answer is the golden one. Drafts are as good as in an engine that has always drafted, unless nobody could
+    want them."""
     prompt, expected = golden
     few = {"max_tokens": 60, "logit_bias": FEW_TOKENS}
     for depth in (0, 1, 3, None):
         core = new_core()
+        monkeypatch.setattr(core.depth, "is_hopeless", lambda _: False)
         left = drive(core, request("a", prompt, max_tokens=40, draft_depth=first))["a"]
         assert left.token_ids == expected[:40]
         asked = prompt + left.token_ids
@@ -122,7 +127,8 @@ def test_every_draft_depth_finds_what_any_other_left(
             cold = drive(new_core(), request("c", asked, draft_depth=depth, **few))["c"]
             assert warm.stats.num_cached_tokens >= 192
             assert warm.token_ids == cold.token_ids
-            assert warm.stats.num_accepted_tokens == cold.stats.num_accepted_tokens
+            if first != 0:
+                assert warm.stats.num_accepted_tokens == cold.stats.num_accepted_tokens
             assert sum(cold.stats.num_accepted_tokens) > 0
 
 

@@ -107,7 +107,7 @@ def test_a_change_of_cost_is_noticed() -> None:
     assert controller.choose([[0.8, 0.8, 0.8]]) == 0
 
 
-def test_hopeless_is_what_costs_far_more_than_it_brings() -> None:
+def test_hopeless_is_what_costs_more_than_it_brings() -> None:
     """Not before every depth was timed, and not where chances are good or drafts are cheap."""
     controller = DepthController(2)
     assert not controller.is_hopeless([0.0, 0.0])
@@ -116,8 +116,20 @@ def test_hopeless_is_what_costs_far_more_than_it_brings() -> None:
         for _ in range(50):
             depth = controller.choose([[0.0, 0.0]])
             controller.observe(1, depth, seconds[depth])
-        assert controller.is_hopeless([0.0, 0.0]) == (seconds[1] == 1.6)
+        assert controller.is_hopeless([0.0, 0.0])
+        assert controller.is_hopeless([0.3, 0.3]) == (seconds[1] == 1.6)
         assert not controller.is_hopeless([0.9, 0.9])
+
+
+def test_what_others_wait_for_counts() -> None:
+    """A step that is a twentieth longer, for the sake of one of eight, must bring it 0.4 tokens and more."""
+    controller = DepthController(1)
+    for _ in range(50):
+        depth = controller.choose([[0.5]], 7)
+        controller.observe(1, depth, 1.0 + 0.05 * depth, 1, 7)
+    assert controller.choose([[0.5]], 7) == 0
+    assert controller.is_hopeless([0.5])
+    assert not controller.is_hopeless([0.9])
 
 
 def test_a_clock_that_stands_still_is_no_error() -> None:
