@@ -9,7 +9,7 @@ using namespace stepflash;
 
 // How far ahead weights are asked for, two to four pages: the processor's own prefetcher stops at the end of a page, loses
 // its way between scales and weights, and what a core sees coming is not enough once a vector serves several tokens.
-// Measured on Zen 5, one thread streaming from memory, GB/s without it and with, for one token, two, four and six:
+// Measured with one thread streaming from memory, GB/s without it and with, for one token, two, four and six:
 //   int4_g32  36 36 31 25 -> 47 44 38 30    int8_g32  31 25 29 27 -> 40 39 36 37    fp8   37 34 20 12 -> 44 44 37 32
 //   q4_k      25 22 25 14 -> 48 45 35 27    q6_k      16 13 10  8 -> 44 42 36 30    bf16  42 40 35 30 -> 42 38 38 35
 // Rows so short that a panel ends before that ask for what is read after it, one panel ahead.
