@@ -7,7 +7,7 @@
 namespace SF_ISA {
 
 // NIBBLES: one 64-byte vector carries rows 0-15 in its low and rows 16-31 in its high nibbles. The high ones
-// stay in place (times 16), and their scale is a sixteenth.
+// stay in place (times 16: sums below 2^24, exact as floats), and their scale is a sixteenth.
 template <int GROUP, bool NIBBLES, int M>
 static void int_tile(const uint8_t* panel, int64_t ahead, int64_t k, const Record& record, const uint8_t* const* tokens, float* out) {
   constexpr int CHAINS = M == 1 || (M <= 3 && GROUP > 32) ? 2 : 1;  // enough independent sums to hide the latency of the dot product
