@@ -145,7 +145,7 @@ def test_other_shapes_equal_the_equations(name: str) -> None:
     raw = config_of(SHAPES[name])
     config = ModelConfig.from_dict(raw)
     model = build(config)
-    tensors = random_tensors(model, seed=hash(name) % 1000)
+    tensors = random_tensors(model, seed=list(SHAPES).index(name))
     model = build(config, tensors)
     # The reference wants its lists in full; the missing entries of a short list are the released ones'.
     full = config_of({key: value for key, value in SHAPES[name].items() if key != "list_length"})
