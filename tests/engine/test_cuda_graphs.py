@@ -49,42 +49,14 @@ _library = torch.library.Library("stepflash_tests", "DEF")
 _library.define(f"cached_attention{ops._SCHEMAS['cached_attention']}")
 
 
-def token_by_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    scale: float,
-    first_key: int = 0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def token_by_token(*args: Any) -> Tensor:
     """The reference with every token as a sequence of its own: torch's products have other bits for more rows."""
-    reference.cache_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    *before, block_table, seq_lens, cu_seqlens = args[:9]
     counts = cu_seqlens.diff().long()
     owner = torch.arange(len(counts)).repeat_interleave(counts)
     lens = seq_lens[owner] - cu_seqlens[1:][owner] + torch.arange(1, len(owner) + 1, dtype=torch.int32)
     boundaries = torch.arange(len(owner) + 1, dtype=torch.int32)
-    return reference.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_table[owner],
-        lens,
-        boundaries,
-        window,
-        scale,
-        first_key,
-        None,
-        k_scale,
-        v_scale,
-    )
+    return reference.cached_attention(*before, block_table[owner], lens, boundaries, *args[9:])
 
 
 _library.impl("cached_attention", token_by_token, "CompositeExplicitAutograd")
