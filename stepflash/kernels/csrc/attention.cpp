@@ -319,34 +319,26 @@ class Rows {
     const int64_t row = share.row;
     typename Cell::Sum sum[R][N];
     const uint8_t *at[N], *ahead[N];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
+    SF_UNROLL for (int i = 0; i < N; ++i) {
       at[i] = keys[g + i], ahead[i] = stream[g - first + i + AHEAD];
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) sum[r][i] = Cell::none();
+      SF_UNROLL for (int r = 0; r < R; ++r) sum[r][i] = Cell::none();
     }
     const uint16_t* q = s.queries + row * dim;
     for (int64_t pair = 0, turn = share.number; pair < dim / 2; ++pair) {
       vi k[N];
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) k[i] = Cell::load(at[i] + pair * key_stride);
+      SF_UNROLL for (int i = 0; i < N; ++i) k[i] = Cell::load(at[i] + pair * key_stride);
       if (turn-- == 0) {
         turn = share.shares - 1;
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) ask(ahead[i] + pair * key_stride);
+        SF_UNROLL for (int i = 0; i < N; ++i) ask(ahead[i] + pair * key_stride);
       }
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
+      SF_UNROLL for (int r = 0; r < R; ++r) {
         const vi x = pair_at(q + r * dim + 2 * pair);
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], k[i], x);
+        SF_UNROLL for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], k[i], x);
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
+    SF_UNROLL for (int i = 0; i < N; ++i) {
       const vf scale = Cell::BYTES == 1 ? load(key_scales[g + i]) : set1(1.0f);
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) store(s.scores + (row + r) * STRIDE + (g + i) * GROUP, Cell::value(sum[r][i]) * (scale * set1(score_unit[row + r])));
+      SF_UNROLL for (int r = 0; r < R; ++r) store(s.scores + (row + r) * STRIDE + (g + i) * GROUP, Cell::value(sum[r][i]) * (scale * set1(score_unit[row + r])));
     }
   }
 
@@ -398,35 +390,27 @@ class Rows {
     const int64_t row = share.row;
     const bool is_first = g == first;
     typename Cell::Sum sum[R][N];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
+    SF_UNROLL for (int r = 0; r < R; ++r)
+      SF_UNROLL for (int i = 0; i < N; ++i) sum[r][i] = is_first ? Cell::none() : Cell::get(s.tile.out + (row + r) * dim + d + LANES * i);
     for (int64_t turn = share.number; g < until; ++g) {
       const uint8_t* v = values[g] + d * 2 * Cell::BYTES;
       const uint8_t* ahead = stream[last - first + g - first + AHEAD] + d * 2 * Cell::BYTES;
       const uint16_t* p = s.weights + row * STRIDE + g * GROUP;
       for (int64_t j = 0; j < GROUP / 2; ++j) {
         vi x[N];
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) x[i] = Cell::load(v + (j * dim + LANES * i) * 2 * Cell::BYTES);
+        SF_UNROLL for (int i = 0; i < N; ++i) x[i] = Cell::load(v + (j * dim + LANES * i) * 2 * Cell::BYTES);
         if (turn-- == 0) {
           turn = share.shares - 1;
-#pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) ask(ahead + (j * dim + LANES * i) * 2 * Cell::BYTES);
+          SF_UNROLL for (int i = 0; i < N; ++i) ask(ahead + (j * dim + LANES * i) * 2 * Cell::BYTES);
         }
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
+        SF_UNROLL for (int r = 0; r < R; ++r) {
           const vi w = pair_at(p + r * STRIDE + 2 * j);
-#pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], x[i], w);
+          SF_UNROLL for (int i = 0; i < N; ++i) sum[r][i] = Cell::dot(sum[r][i], x[i], w);
         }
       }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) Cell::put(s.tile.out + (row + r) * dim + d + LANES * i, sum[r][i]);
+    SF_UNROLL for (int r = 0; r < R; ++r)
+      SF_UNROLL for (int i = 0; i < N; ++i) Cell::put(s.tile.out + (row + r) * dim + d + LANES * i, sum[r][i]);
   }
 };
 

@@ -19,11 +19,6 @@ SF_INLINE int64_t bytes_ahead(int64_t k, const uint8_t* panel, const uint8_t* ne
 // Weights are read once, so the hint keeps them out of the L2 cache.
 SF_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 0); }
 
-// In front of loops over the tokens of a tile, and over anything whose index picks one of several sums: gcc unrolls them too late
-// by itself, when it has already decided that arrays of sums live in memory, where each step then waits for the one before it to be
-// stored (int4_g64 for one token: 34 GB/s instead of 69, from the level-3 cache).
-#define SF_UNROLL _Pragma("GCC unroll 8")
-
 SF_INLINE vi broadcast4(const void* p) {  // the same four bytes in every lane
   int32_t bytes;
   std::memcpy(&bytes, p, 4);
