@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,10 @@ MAX_GRAMMAR_CHARS = 1 << 20
 CACHED_GRAMMARS = 64
 # Masks kept behind the last position: those of the drafts of one step are asked for again and again.
 CACHED_MASKS = 48
+# A grammar that can read a text in ever more ways takes ever longer over a token, and everybody waits meanwhile: so
+# many seconds may go into one answer, and no more where a mask takes longer than this on average.
+PATIENCE_SECONDS = 10.0
+SLOW_MASK_SECONDS = 0.02
 
 
 class Vocabulary:
@@ -131,6 +136,7 @@ class AnswerGrammar:
         self._fed: list[int] = []  # what the matcher has seen
         self._num_valid = 0  # of these, the first that are still the beginning of `_answer`
         self._masks: dict[int, Mask] = {}  # by number of answer tokens before it; exact up to `_num_valid`
+        self._seconds, self._num_masks = 0.0, 0  # spent on how many
 
     def mask(self) -> Mask:
         if self._in_thought:
@@ -138,9 +144,11 @@ class AnswerGrammar:
             return self._vocabulary.thought_mask(self._thought[-1], may_end=self._may_end)
         position = len(self._answer)
         if position > self._num_valid or position not in self._masks:
+            start = time.perf_counter()
             self._feed()
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             self._check()
+            self._be_patient(time.perf_counter() - start)
             mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary.size].view(np.bool_)
             self._masks[position] = mask
             if len(self._masks) > CACHED_MASKS:
@@ -198,6 +206,18 @@ class AnswerGrammar:
             self._fed += new
             self._num_valid = len(self._fed)
         self._check()
+
+    def _be_patient(self, seconds: float) -> None:
+        self._seconds, self._num_masks = self._seconds + seconds, self._num_masks + 1
+        average = self._seconds / self._num_masks
+        if self._seconds > PATIENCE_SECONDS and average > SLOW_MASK_SECONDS:
+            raise RequestError(
+                f"{self._param}: the grammar is too ambiguous: after {len(self._answer)} tokens it takes "
+                f"{average * 1000:.0f} ms a token, for which other requests wait; "
+                "write it so that a text can be read in one way",
+                param=self._param,
+                code="grammar_failed",
+            )
 
     def _check(self) -> None:
         if not self._matcher.is_error():

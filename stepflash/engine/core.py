@@ -213,7 +213,10 @@ class EngineCore:
 
     def step(self) -> list[Output]:
         """Run one step and return what it brought. Empty when there is nothing to do."""
-        start = time.perf_counter()
+        with torch.inference_mode():
+            return self._step(time.perf_counter())
+
+    def _step(self, start: float) -> list[Output]:
         outputs = self._expire(start)
         plan = self.scheduler.schedule(start)
         if not plan:
@@ -250,6 +253,9 @@ class EngineCore:
         drafted, broken = _isolated(self._run_modules, jobs)
         for job, _ in drafted:
             self._commit_drafts(job)
+        now = time.perf_counter()
+        for item, _ in results:
+            item.seq.note_time(now)
         failed = {job.seq.request.request_id for job, _ in broken}
         for output in committed:
             if output.finish_reason is not None and output.request_id not in failed:
@@ -373,12 +379,6 @@ class EngineCore:
         seq.num_computed = min(before + item.num_tokens + result.num_accepted, len(seq.token_ids))
         stats.num_generated_tokens = seq.num_generated
         self._counters["generated"] += len(token_ids)
-        now = time.perf_counter()
-        if token_ids and seq.first_token_at is None:
-            seq.first_token_at = now
-            stats.prefill_seconds = now - (seq.started_at or now)
-        if seq.first_token_at is not None:
-            stats.decode_seconds = now - seq.first_token_at
         reason: FinishReason | None = None
         stop_reason = None
         if token_ids and token_ids[-1] in seq.stop_ids:

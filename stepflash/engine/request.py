@@ -164,7 +164,8 @@ class RequestStats:
 
     `num_prefill_tokens` counts prompt tokens that were really computed, again after a preemption;
     `num_forced_tokens` counts drafts that a constraint dictated. `cache_miss` says in words why no more of the
-    prompt came from the prefix cache.
+    prompt came from the prefix cache. `prefill_seconds` end when the first token leaves the engine, with the prompt
+    read by the prediction modules, too; `decode_seconds` are those from then to the last token.
     """
 
     num_prompt_tokens: int = 0

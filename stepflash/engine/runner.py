@@ -11,7 +11,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from stepflash.engine.batch import Span
@@ -91,7 +90,6 @@ class Runner:
         """See `GraphNetwork`."""
         return self.network.num_captured if isinstance(self.network, GraphNetwork) else 0
 
-    @torch.inference_mode()
     def run_trunk(
         self,
         plan: Seq[Scheduled],
@@ -208,7 +206,6 @@ class Runner:
         stop_ids = list(seqs[0].stop_ids.union(*(seq.stop_ids for seq in seqs[1:])))
         return network.trunk_ahead(spans, rooms, stop_ids, pending, depth, max_steps, single_blocks)
 
-    @torch.inference_mode()
     def run_modules(self, jobs: Seq[DraftJob]) -> None:
         """Advance the MTP modules of these jobs and fill in their drafts, states and carries."""
         advance(self.network, self.cache, self.sampler, jobs, self._max_deferred)

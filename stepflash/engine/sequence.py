@@ -119,6 +119,14 @@ class Sequence:
         if self.num_computed:
             self.drafts_from = self.num_computed + GATHERED_TOKENS
 
+    def note_time(self, now: float) -> None:
+        """`now` is when a step's tokens leave the engine, which is after the modules have read and drafted."""
+        if self.first_token_at is None and self.num_generated:
+            self.first_token_at = now
+            self.stats.prefill_seconds = now - (self.started_at or now)
+        if self.first_token_at is not None:
+            self.stats.decode_seconds = now - self.first_token_at
+
     def restriction(self, num_tokens: int) -> Constraint | None:
         """What must be asked about the next `num_tokens` tokens; None if they may be anything."""
         is_free = self.constraint is None or num_free(self.constraint) >= num_tokens

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
@@ -15,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflash.chat.answer_format import JSON_OBJECT, AnswerFormat
-from stepflash.chat.grammar import AnswerGrammar, GrammarCompiler
+from stepflash.chat.grammar import PATIENCE_SECONDS, SLOW_MASK_SECONDS, AnswerGrammar, GrammarCompiler
 from stepflash.chat.messages import Tool
 from stepflash.chat.thought_end import THINK_END, advance
 from stepflash.chat.tool_grammar import FREE_CALLS, answer_grammar
-from stepflash.errors import BadSchema
+from stepflash.errors import BadSchema, RequestError
 from tests.chat.grammar_walks import compiler, tokenizer, walk
 from tests.scripted_engine import byte_tokenizer
 
@@ -327,6 +329,28 @@ def test_a_grammar_that_failed_on_a_draft_goes_on_without_it() -> None:
     for both in (constraint, other):
         both.accept(one)
     assert (constraint.mask() == other.mask()).all()
+
+
+def test_a_grammar_that_takes_ever_longer_fails_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, SLOW_MASK_SECONDS * 1.5)  # read twice for each mask
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    digit = tokenizer().encode("1")[0]
+    constraint = compiled(AnswerFormat("regex", "[0-9]*", "f"))
+    with pytest.raises(RequestError, match=r"f: the grammar is too ambiguous: .* 30 ms a token"):  # noqa: PT012
+        while True:
+            constraint.mask()
+            constraint.accept(digit)
+    assert PATIENCE_SECONDS <= next(clock) / 2 < PATIENCE_SECONDS + 0.1
+
+
+def test_a_long_answer_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, SLOW_MASK_SECONDS * 0.9)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    digit = tokenizer().encode("1")[0]
+    constraint = compiled(AnswerFormat("regex", "[0-9]*", "f"))
+    while next(clock) < 3 * PATIENCE_SECONDS:
+        assert constraint.mask()[digit]
+        constraint.accept(digit)
 
 
 def test_an_answer_in_a_format_or_calls() -> None:
