@@ -101,6 +101,7 @@ class KVCache:
         self.window = max((w for _, w in _windows(config, limits.num_modules)), default=0)
         self.group_layers = group_layers(config, limits.num_modules)
         self.block_bytes = block_bytes(config, limits)
+        self._most_sliding = sliding_blocks_per_sequence(config, limits)
         num_blocks = plan_blocks(config, limits, kv_cache_bytes)
         try:
             self.layers = {
@@ -198,6 +199,22 @@ class KVCache:
         new = pool.allocate(missing)
         held.extend(new)
         self.tables[group][blocks.row, start:wanted] = new
+
+    def stretch(self, blocks: SequenceBlocks, num_slots: int, num_spare: int) -> None:
+        """As `grow` in both groups, if nobody will miss the blocks: of the full ones `num_spare` stay free, and of
+        the sliding ones a sequence holds no more than the plan has for it."""
+        wanted = min(-(-num_slots // self.block_size), self.tables[FULL].shape[1])
+        full = wanted - len(blocks.full)
+        sliding = wanted - blocks.sliding_first - len(blocks.sliding) if self.group_layers[SLIDING] else 0
+        if full <= 0 and sliding <= 0:
+            return
+        fits_full = full <= 0 or self.pools[FULL].num_free >= full + num_spare
+        fits_sliding = sliding <= 0 or (
+            len(blocks.sliding) + sliding <= self._most_sliding and self.pools[SLIDING].num_free >= sliding
+        )
+        if fits_full and fits_sliding:
+            self.grow(blocks, FULL, wanted * self.block_size)
+            self.grow(blocks, SLIDING, wanted * self.block_size)
 
     def num_slots(self, blocks: SequenceBlocks) -> int:
         """Slots that exist for a sequence."""

@@ -47,7 +47,7 @@ class Pass:
 
 
 # Whoever comes or goes while steps are taken in one call waits for so long, or for one step.
-AHEAD_SECONDS = 0.002
+AHEAD_SECONDS = 0.004
 # Of a pass that has no logits to show.
 _NONE = torch.empty((0, 0))
 

@@ -17,6 +17,9 @@ from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, SLIDING, KVCache, O
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.sequence import MtpState, Sequence
 
+# Slots for further steps in the same call, where steps are short.
+AHEAD_SLOTS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
@@ -156,6 +159,8 @@ class Scheduler:
             try:
                 self._cache.grow(_blocks(seq), FULL, num_slots)
                 self._cache.grow(_blocks(seq), SLIDING, num_slots)
+                if not self.waiting:
+                    self._cache.stretch(_blocks(seq), num_slots + AHEAD_SLOTS, len(self.running))
                 return True
             except OutOfBlocks:
                 victim = self.running[-1]

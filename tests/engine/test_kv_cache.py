@@ -91,6 +91,34 @@ def test_a_sequence_holds_its_window_and_no_more() -> None:
     assert cache.used_bytes == 0
 
 
+@pytest.mark.parametrize("max_deferred_tokens", [1, 16])
+def test_a_stretch_takes_only_what_nobody_misses(max_deferred_tokens: int) -> None:
+    config = ModelConfig.from_pretrained(MICRO)
+    own = limits(
+        max_model_len=100, block_size=4, max_batched_tokens=16, max_deferred_tokens=max_deferred_tokens
+    )
+    cache = KVCache(config, own, kv_cache_bytes=4 << 20)
+    cache.evict = lambda group, count: pytest.fail("somebody's blocks were taken")
+    blocks, others = cache.open(), cache.pools[FULL].allocate(cache.pools[FULL].num_free - 24)
+    most, gained = sliding_blocks_per_sequence(config, own), []
+    for num_slots in range(1, 90):
+        cache.grow(blocks, FULL, num_slots)
+        cache.grow(blocks, SLIDING, num_slots)
+        before = cache.num_slots(blocks)
+        cache.stretch(blocks, num_slots + 16, 3)
+        gained.append(cache.num_slots(blocks) - before)
+        assert gained[-1] == 0 or cache.pools[FULL].num_free >= 3
+        assert len(blocks.sliding) <= most
+        assert cache.num_slots(blocks) <= cache.tables[FULL].shape[1] * 4
+        cache.trim(blocks, num_slots)
+    assert any(gained[:40])
+    # 24 blocks of 4 are there, 3 are left to others.
+    assert not any(gained[84:])
+    cache.pools[FULL].release(others)
+    cache.close(blocks)
+    assert cache.used_bytes == 0
+
+
 def test_262144_tokens_take_the_memory_of_the_formula() -> None:
     """Prefill in chunks, then decode, by the cache alone; the tensors are mapped, their pages untouched."""
     config = replace(ModelConfig.from_pretrained(MICRO), max_position_embeddings=262144)

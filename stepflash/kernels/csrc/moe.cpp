@@ -175,7 +175,7 @@ void route(const RouteArgs& args) {
 // when tokens are few, `shared` what the team makes together.
 struct MoePlan {
   int64_t tokens, hidden, experts, top_k, slots, x_stride, sum_stride;
-  bool has_routed, has_shared, same_in, few, repeats, repeats_scores, is_small;
+  bool has_routed, has_shared, same_in, few, repeats, repeats_scores, is_small, down_is_small;
   Expert routed, shared;
   Layout own_layout, shared_layout;
   int64_t x, routed_in, shared_in, ids, weights, slot_token, slot_weight, inputs, hidden_records, start, active;  // prepared
@@ -192,7 +192,9 @@ struct MoePlan {
     few = tokens <= FEW_TOKENS && (has_routed ? routed : shared).down.bytes() > LARGE_EXPERT;
     repeats = args.num_threads > 1 && tokens <= FEW_TOKENS && tokens * hidden <= REPEAT_BELOW;
     repeats_scores = repeats && tokens * hidden * experts <= 4 * REPEAT_BELOW;
-    is_small = repeats && tokens == 1 && (top_k + 1) * (has_routed ? routed : shared).down.bytes() <= SMALL_PHASE;
+    // The experts of several tokens have different numbers of them; every panel of the sum costs the same.
+    down_is_small = repeats && (std::min(slots, experts) + 1) * (has_routed ? routed : shared).down.bytes() <= SMALL_PHASE;
+    is_small = down_is_small && tokens == 1;
     same_in = has_routed && has_shared && record_key(args.gate.format) == record_key(args.shared_gate.format);
     Layout& prepared = repeats ? own_layout : shared_layout;
     x = prepared.add(tokens * x_stride * 4);
@@ -343,7 +345,7 @@ void moe(Team& team, const MoeArgs& args, uint8_t* scratch) {
     }
     const int64_t width = std::min(end * PANEL, p.hidden) - begin * PANEL;
     for (int64_t t = 0; t < p.tokens; ++t) store_row(args.out, args.residual, t, begin * PANEL, width, sums + t * stride + begin * PANEL);
-  }, p.is_small);
+  }, p.down_is_small);
 }
 
 void moe(const MoeArgs& args) {
