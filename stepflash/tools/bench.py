@@ -166,7 +166,7 @@ def _decode(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str
                 "context": context,
                 "streams": options.streams,
                 **_rates(rates),
-                "ratio": rates.median / found[0].median,
+                "ratio": rates.ratio_to(found[0]),
                 "bytes_per_step": round(needed.total),
                 "bytes_per_token": round(needed.total / options.streams),
                 "kv_bytes_per_step": needed.kv,
@@ -225,7 +225,6 @@ def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, A
     else:
         prompts = random_prompts(llm.core.sampler.vocab_limit, DECODE_CONTEXTS[0], len(PROMPTS))
     found, is_identical = speculation_rates(llm, prompts, DEPTHS, options.tokens, options.runs)
-    plain = found[0].rates.median
     middle = sum(map(len, prompts)) // len(prompts) + options.tokens // 2
     kv_dtype = llm.core.cache.limits.dtype
     rows = []
@@ -235,7 +234,7 @@ def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, A
             {
                 "draft_depth": "adaptive" if one.draft_depth is None else one.draft_depth,
                 **_rates(one.rates),
-                "ratio": one.rates.median / plain,
+                "ratio": one.rates.ratio_to(found[0].rates),
                 "acceptance": list(one.acceptance),
                 "tokens_per_step": one.tokens_per_step,
                 "steps_by_depth": list(one.steps),

@@ -44,6 +44,10 @@ class Samples:
     def median(self) -> float:
         return statistics.median(self.values)
 
+    def ratio_to(self, other: Samples) -> float:
+        """The median of the ratios of each run, which alternated: a machine whose speed changes does so for both."""
+        return statistics.median(a / b for a, b in zip(self.values, other.values, strict=True))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBytes:
