@@ -112,7 +112,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerToolCall:
-    """A complete tool call; `arguments` is the JSON text as it was streamed."""
+    """A tool call; `arguments` is the JSON text as it was streamed."""
 
     id: str
     name: str
@@ -121,13 +121,15 @@ class AnswerToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer. `content` and `reasoning` are None when the stream had none of it."""
+    """A whole answer. `content` and `reasoning` are None when the stream had none of it. `cut_call` is a call that a
+    limit cut off: its arguments are the beginning of JSON text, and it is none of `tool_calls`."""
 
     finish_reason: FinishReason
     usage: Usage
     content: str | None = None
     reasoning: str | None = None
     tool_calls: tuple[AnswerToolCall, ...] = ()
+    cut_call: AnswerToolCall | None = None
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -147,7 +149,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Fold:
-    """Collects a stream; usable at any moment. A call that a stopped stream left unfinished is left out."""
+    """Collects a stream; usable at any moment."""
 
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
@@ -193,6 +195,7 @@ class Fold:
             content="".join(self.content) or None,
             reasoning="".join(self.reasoning) or None,
             tool_calls=tuple(self.calls[: self.num_complete_calls]),
+            cut_call=next(iter(self.calls[self.num_complete_calls :]), None),
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from pydantic_core import from_json
+
 # Type names beside those of JSON schema are what people write; models were trained on them too.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "string": ("string", "str", "text", "varchar", "char", "enum"),
@@ -203,3 +205,16 @@ def to_json(value: Any) -> str:
     """JSON text, non-ASCII kept, except for the lone surrogates that no encoding can carry."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def read_json(text: str) -> Any:
+    """The value of JSON text; of text that was cut off, as far as it goes: a call that a limit cut off comes back in
+    conversations as it was sent.
+
+    Raises:
+        ValueError: it does not even begin like JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return from_json(text, allow_partial="trailing-strings")

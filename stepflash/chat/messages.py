@@ -97,7 +97,8 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """More of the JSON text of the arguments; the fragments of one call join to one valid JSON object."""
+    """More of the JSON text of the arguments; the fragments of one call join to one valid JSON object, or to the
+    beginning of one if a limit cut the call off."""
 
     index: int
     fragment: str
@@ -105,7 +106,8 @@ class ToolCallArguments:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """A tool call is complete. `repaired` tells that the model's text was malformed and was mended."""
+    """A tool call is complete; one that was cut off has no end. `repaired` tells that the model's text was malformed
+    and was mended."""
 
     index: int
     repaired: bool = False
@@ -165,6 +167,7 @@ def fold_events(events: Iterable[Event]) -> ParsedMessage:
     content: list[str] = []
     starts: list[ToolCallStart] = []
     fragments: list[list[str]] = []
+    num_complete = 0
     finish_reason: FinishReason = "stop"
     for event in events:
         match event:
@@ -177,6 +180,8 @@ def fold_events(events: Iterable[Event]) -> ParsedMessage:
                 fragments.append([])
             case ToolCallArguments(index, fragment):
                 fragments[index].append(fragment)
+            case ToolCallEnd(index):
+                num_complete = index + 1
             case Finish(reason):
                 finish_reason = reason
     return ParsedMessage(
@@ -184,7 +189,7 @@ def fold_events(events: Iterable[Event]) -> ParsedMessage:
         content="".join(content) or None,
         tool_calls=tuple(
             ToolCall(id=start.id, name=start.name, arguments=json.loads("".join(parts)))
-            for start, parts in zip(starts, fragments, strict=True)
+            for start, parts in zip(starts[:num_complete], fragments[:num_complete], strict=True)
         ),
         finish_reason=finish_reason,
     )

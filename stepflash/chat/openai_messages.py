@@ -7,11 +7,10 @@ reading of it. Whatever is wrong is a `RequestError` whose text and `param` give
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from stepflash.chat.arguments import to_json
+from stepflash.chat.arguments import read_json, to_json
 from stepflash.chat.messages import Message, Role, Tool, ToolCall
 from stepflash.errors import BadSchema, RequestError
 
@@ -164,8 +163,8 @@ def _arguments(arguments: Any, path: str) -> Mapping[str, Any]:
     """OpenAI's clients send JSON text; an object is accepted too, and nothing is an empty one."""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
+            arguments = read_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
             raise _wrong(path, f"not valid JSON ({error})") from None
     if arguments is None:
         return {}

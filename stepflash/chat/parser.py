@@ -117,7 +117,7 @@ class OutputParser:
         if self._phase is _Phase.CALLS:
             events += self._finish_calls(is_whole=reason == "stop")
         elif self._phase is _Phase.CONTENT:
-            events += self._placed(self._content.finish())
+            events += self._placed(self._content.finish(is_whole=reason == "stop"))
         has_calls = self._content.num_calls + self._num_calls_in_thought > 0
         events.append(Finish("tool_calls" if has_calls and reason == "stop" else reason))
         return join_events(events)
@@ -211,7 +211,7 @@ class OutputParser:
 
     def _finish_calls(self, *, is_whole: bool) -> list[Event]:
         is_cut = self._calls.is_in_call and not is_whole
-        events = self._calls_events + self._calls.finish()
+        events = self._calls_events + self._calls.finish(is_whole=is_whole)
         if is_cut or self._calls.has_stopped:
             self._write_reasoning("".join(self._calls_text))
             return self._events

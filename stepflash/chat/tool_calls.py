@@ -10,7 +10,9 @@ What is decided here once, for all wire formats:
     part of it, so that a value may talk about tool calls. Without `</parameter>` a value ends at the next declared
     parameter, at `</function>` or at the end.
   * A call that lacks tags, or has them misspelt, is mended and marked `repaired` (see `TagReader.header`). Of a
-    parameter given twice the first counts. A call cut off by the end of the output is closed as it stands.
+    parameter given twice the first counts. A call whose closing tags the model left out is closed as it stands.
+  * A call that a limit cut off is not closed: its arguments stay unfinished JSON and it has no `ToolCallEnd`, so that
+    nobody takes half a command for a whole one.
   * Whitespace alone before, between and after calls is no content.
 """
 
@@ -120,6 +122,7 @@ class ToolCallParser:
         self._value = _Value(Typing())
         self.num_calls = first_index
         self.has_stopped = False
+        self._is_cut = False  # the output ended where a limit was, not where the model did
         self.last_call_end = 0  # characters of input up to the end of the last complete call
 
     @property
@@ -141,9 +144,10 @@ class ToolCallParser:
             return events
         return self._run()
 
-    def finish(self) -> list[Event]:
-        """The events that the end of the output decides."""
+    def finish(self, *, is_whole: bool = True) -> list[Event]:
+        """The events that the end of the output decides; `is_whole`: the model ended it."""
         self._reader.at_end = True
+        self._is_cut = not is_whole
         events = self._run()
         if self._blank and not self.num_calls:
             events.append(ContentDelta(self._blank, self._num_read))
@@ -232,7 +236,7 @@ class ToolCallParser:
         reader = self._reader
         tag = reader.after_space(self._position)
         if reader.is_over(tag):
-            self._end_call(len(reader.text), is_complete=False)
+            self._end_of_output()
         elif reader.is_at(tag, FUNCTION_END):
             self._position, self._step = tag + len(FUNCTION_END), self._function_end_step
         elif reader.is_at(tag, CALL_END):
@@ -272,8 +276,13 @@ class ToolCallParser:
             self._position = len(reader.text) if tag < 0 else tag
             if start < self._position:
                 self._write_value(reader.text[start : self._position])
+            elif self._is_cut:
+                self._end_of_output()
             elif reader.at_end:
                 self._end_value(start, is_complete=False)
+            return
+        if self._is_cut and reader.is_over(start):
+            self._end_of_output()
             return
         if reader.is_at(start, CALL_START) and reader.opening(start) is not None:
             self._num_quoted_calls += 1
@@ -309,12 +318,17 @@ class ToolCallParser:
         if reader.is_at(position, FUNCTION_END):
             behind = reader.after_space(position + len(FUNCTION_END))
             return (
-                reader.is_over(behind) or reader.is_at(behind, CALL_END) or reader.opening(behind) is not None
+                self._model_ended(behind)
+                or reader.is_at(behind, CALL_END)
+                or reader.opening(behind) is not None
             )
         if reader.is_at(position, CALL_END):
             behind = reader.after_space(position + len(CALL_END))
-            return reader.is_over(behind) or reader.opening(behind) is not None
+            return self._model_ended(behind) or reader.opening(behind) is not None
         return reader.text.startswith("</", position) and reader.is_over(position)
+
+    def _model_ended(self, position: int) -> bool:
+        return self._reader.is_over(position) and not self._is_cut
 
     def _write_value(self, text: str) -> None:
         if self._key is not None:
@@ -340,6 +354,15 @@ class ToolCallParser:
         else:
             self._orphans = frozenset({CALL_END})
             self._end_call(self._position, is_complete=False)
+
+    def _end_of_output(self) -> None:
+        """Inside a call: the model forgot its closing tags, or was cut off."""
+        if not self._is_cut:
+            self._end_call(len(self._reader.text), is_complete=False)
+            return
+        if not self._call.keys:
+            self._write_arguments("{")  # nothing would be read as no arguments
+        self._position, self._step = len(self._reader.text), self._content_step
 
     def _end_call(self, end: int, *, is_complete: bool) -> None:
         call = self._call

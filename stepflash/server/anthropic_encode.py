@@ -9,10 +9,11 @@ does not want to see travels in the block's signature, so that it comes back wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 from stepflash.assistant.stream import Progress, StreamItem, Usage
 from stepflash.chat.messages import (
@@ -155,7 +156,8 @@ def fold_message(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             case "message_delta":
                 message.update(event["delta"], usage=event["usage"])
     for index, fragments in inputs.items():
-        message["content"][index]["input"] = json.loads("".join(fragments))
+        # Of a call that was cut off, the whole values, as the client of a stream reads it.
+        message["content"][index]["input"] = from_json("".join(fragments), allow_partial=True)
     return message
 
 

@@ -201,10 +201,11 @@ def _choice(head: ResponseHead, index: int, answer: Answer, token_bytes: TokenBy
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.reasoning is not None:
         message |= dict.fromkeys(head.reasoning_fields, answer.reasoning)
-    if answer.tool_calls:
+    calls = answer.tool_calls if answer.cut_call is None else (*answer.tool_calls, answer.cut_call)
+    if calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in answer.tool_calls
+            for call in calls
         ]
     return {
         "index": index,

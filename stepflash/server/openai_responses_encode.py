@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepflash.assistant.stream import Progress, StreamItem, TextLogprobs, Usage
+from stepflash.chat.arguments import read_json
 from stepflash.chat.messages import (
     ContentDelta,
     Finish,
@@ -219,9 +220,10 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 
 def _custom_input(arguments: str) -> str:
-    """The free text among a call's arguments; a model that names its parameter otherwise is understood too."""
-    values = json.loads(arguments)
-    text = values.get(CUSTOM_INPUT, next(iter(values.values()), "") if len(values) == 1 else arguments)
+    """The free text among a call's arguments, which may be cut off; a model that names its parameter otherwise is
+    understood too."""
+    values = read_json(arguments)
+    text = values.get(CUSTOM_INPUT, next(iter(values.values()), "") if len(values) < 2 else arguments)
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 

@@ -6,12 +6,12 @@ are put together again, as the model wrote them; ids are never rendered, since t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stepflash.chat.arguments import read_json
 from stepflash.chat.messages import Message, Role, ToolCall
 from stepflash.errors import RequestError
 from stepflash.server.openai_responses_tools import CUSTOM_INPUT, Toolbox
@@ -178,8 +178,8 @@ def _text(content: Any, path: str, *, leaves_out_media: bool = False) -> str:
 
 def _arguments(arguments: Any, path: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else {}
-    except (ValueError, RecursionError) as error:
+        value = read_json(arguments) if isinstance(arguments, str) and arguments.strip() else {}
+    except ValueError as error:
         raise _wrong(path, f"not valid JSON ({error})") from None
     if not isinstance(arguments, str) or not isinstance(value, Mapping):
         raise _wrong(path, "must be the JSON text of an object")

@@ -33,12 +33,14 @@ TOOLS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One output and what it means. `calls` are (name, arguments, repaired)."""
+    """One output and what it means. `calls` are (name, arguments, repaired), `cut_arguments` those of a last call
+    that was cut off."""
 
     text: str
     reasoning: str | None = None
     content: str | None = None
     calls: tuple[tuple[str, dict[str, Any], bool], ...] = ()
+    cut_arguments: str = ""
     thinks: bool = True
     reason: FinishReason = "stop"
 
@@ -356,13 +358,35 @@ MENDED = {
     "cut inside a tag": Case(
         "hm</think><tool_call>\n<function=weather>\n<parameter=city>\nDallas\n</para",
         "hm",
-        calls=(("weather", {"city": "Dallas"}, True),),
+        cut_arguments='{"city": "Dallas',
+        reason="length",
+    ),
+    "cut inside a value": Case(
+        f"hm</think>{CLOCK}<tool_call>\n<function=weather>\n<parameter=city>\nDal",
+        "hm",
+        calls=(CLOCK_CALL,),
+        cut_arguments='{"city": "Dal',
+        reason="length",
+    ),
+    "cut behind what may be the value's text": Case(
+        "hm</think><tool_call>\n<function=weather>\n<parameter=city>\nDal</function>",
+        "hm",
+        cut_arguments='{"city": "Dal</function>',
+        reason="length",
+    ),
+    "cut in front of the parameters": Case(
+        "hm</think><tool_call>\n<function=weather>\n", "hm", cut_arguments="{", reason="length"
+    ),
+    "cut behind the function": Case(
+        "hm</think><tool_call>\n<function=clock>\n</function>\n",
+        "hm",
+        calls=(("clock", {}, True),),
         reason="length",
     ),
     "cut inside the next parameter's tag": Case(
         "hm</think><tool_call>\n<function=weather>\n<parameter=city>\nDallas\n</parameter>\n<parameter=sta",
         "hm",
-        calls=(("weather", {"city": "Dallas"}, True),),
+        cut_arguments='{"city": "Dallas"',
         reason="length",
     ),
     "an opening tag and no call behind it": answer(f"{CLOCK}<tool_call><", None, CLOCK_CALL),

@@ -91,7 +91,7 @@ def made_call(**function: Any) -> dict[str, Any]:
         (assistant(tool_calls={}), ".tool_calls", "must be a list"),
         (assistant(tool_calls=[{}]), ".tool_calls[0].function", "must be an object, not NoneType"),
         (made_call(name=""), ".tool_calls[0].function.name", "must be a name"),
-        (made_call(name="f", arguments='{"a'), ".tool_calls[0].function.arguments", "not valid JSON"),
+        (made_call(name="f", arguments='{"a" 1}'), ".tool_calls[0].function.arguments", "not valid JSON"),
         (
             made_call(name="f", arguments="[1]"),
             ".tool_calls[0].function.arguments",

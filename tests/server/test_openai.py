@@ -307,7 +307,7 @@ ERRORS: list[tuple[dict[str, Any], int, str | None]] = [
     (
         {
             "messages": [
-                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{]"}}]},
             ]
         },
         400,

@@ -443,7 +443,7 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input[0].content[0].type"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type"),
     (
-        {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]},
+        {"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{]"}]},
         400,
         "input[0].arguments",
     ),
