@@ -359,14 +359,15 @@ class EngineCore:
     def _commit(self, item: Scheduled, result: TrunkResult) -> Output:
         """Take over what the trunk said: tokens, progress, statistics."""
         seq, stats = item.seq, item.seq.stats
+        is_first = bool(result.token_ids) and not seq.num_generated
+        prefilled = max(0, min(item.num_tokens, seq.num_prompt_tokens - seq.num_computed))
+        stats.num_prefill_tokens += prefilled
+        self._counters["computed_prompt"] += prefilled
+        seq.prompt_logprobs += result.prompt_logprobs
         if result.earlier:
             self._commit_earlier(item, result)
         before = seq.num_computed
         stats.num_steps += 1
-        prefilled = max(0, min(before + item.num_tokens, seq.num_prompt_tokens) - before)
-        stats.num_prefill_tokens += prefilled
-        seq.prompt_logprobs += result.prompt_logprobs
-        self._counters["computed_prompt"] += prefilled
         token_ids = self._until_stop(seq, result.token_ids)
         if seq.constraint is not None:
             for token_id in token_ids:
@@ -386,7 +387,6 @@ class EngineCore:
             stop_reason = token_ids[-1] if token_ids[-1] in seq.sampling.stop_token_ids else None
         elif result.token_ids and seq.num_generated >= seq.max_tokens:
             reason = "length"
-        is_first = bool(result.token_ids) and len(token_ids) == seq.num_generated
         return Output(
             request_id=seq.request.request_id,
             token_ids=(*chain.from_iterable(result.earlier), *token_ids),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from stepflash.engine import runner
+from stepflash.engine import network, runner
 from stepflash.engine.core import EngineCore
 from stepflash.engine.llm import LLM
 from stepflash.engine.network import NativeNetwork
@@ -134,6 +134,26 @@ def test_the_native_network_says_of_a_prompt_what_it_said_when_it_wrote_it(golde
         assert entry.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert dict(entry.top) == pytest.approx(dict(expected.top), abs=1e-4)
     assert first.prompt_logprobs is None
+
+
+@pytest.mark.skipif(not build.load(), reason="no native kernels here")
+def test_they_come_with_the_first_of_several_steps_in_a_call(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that leaves one token of the prompt: modules have read all of it, and several steps follow at once."""
+    monkeypatch.setattr(network, "AHEAD_SECONDS", 10.0)
+    prompt = golden[0][:65]
+    llm = LLM(MICRO, max_num_batched_tokens=64, max_model_len=512, kv_cache_bytes=32 << 20)
+    asked = {
+        depth: request(f"depth {depth}", prompt, max_tokens=20, prompt_logprobs=1, draft_depth=depth)
+        for depth in (0, 3)
+    }
+    done = {depth: drive(llm.core, asked[depth])[f"depth {depth}"] for depth in asked}
+    assert len(done[3].outputs[0].token_ids) > 4  # more than one step gives
+    assert told(done[3]) == told(done[0])
+    assert [entry.token_id for entry in told(done[3])] == prompt[1:]
+    assert done[3].stats.num_prefill_tokens == len(prompt)
+    assert llm.stats().num_computed_prompt_tokens == 2 * len(prompt)
 
 
 def test_logits_are_computed_a_few_rows_at_a_time(
