@@ -232,6 +232,7 @@ class KVCache:
             del blocks.sliding[:count]
             blocks.sliding_first += count
 
+    @torch.inference_mode()  # an abort comes here between steps, and the cache may have been made in that mode
     def clear_modules(self, blocks: SequenceBlocks, begin: int, end: int) -> None:
         """Empty the blocks that begin in slots `begin` to `end` - 1 in the layers of the MTP modules, which have not
         written there: what somebody else left would be attended to."""

@@ -16,12 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -125,8 +125,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | Iterable[int] | Iterable[str | Sequence[int]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
@@ -161,9 +161,9 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message | Mapping[str, Any]] | Sequence[Sequence[Message | Mapping[str, Any]]],
+        messages: Iterable[Message | Mapping[str, Any]] | Iterable[Sequence[Message | Mapping[str, Any]]],
         tools: Sequence[Tool | Mapping[str, Any]] | None = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
@@ -182,8 +182,12 @@ class LLM:
         if template is None:
             raise ConfigError("this LLM has no chat template; pass chat_template=")
         known = tools_from_openai(tools or ())
-        many = messages and not isinstance(messages[0], Mapping) and isinstance(messages[0], Sequence)
-        conversations = cast("Sequence[Sequence[Any]]", messages if many else [messages])
+        given: Any = messages
+        if isinstance(given, Iterable) and not isinstance(given, str | Mapping):
+            given = list(given)
+        first = given[0] if isinstance(given, list) and given else None
+        is_one = isinstance(first, str | Mapping) or not isinstance(first, Iterable)
+        conversations: list[Any] = [given] if is_one else given
         prompts, opens_thought = [], []
         for conversation in conversations:
             rendered = template.render(messages_from_openai(conversation), tools=known)
@@ -210,15 +214,17 @@ class LLM:
     def _run(
         self,
         prompts: Sequence[tuple[list[int], tuple[int, ...]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         progress: bool,
     ) -> list[RequestOutput]:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        elif not all(isinstance(one, SamplingParams) for one in sampling_params):
+        given: Any = sampling_params
+        if given is None or isinstance(given, SamplingParams):
+            given = [given or SamplingParams()] * len(prompts)
+        samplings = list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(one, SamplingParams) for one in samplings):
             raise RequestError("sampling_params must be SamplingParams, one for all or one for each prompt")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(sampling_params)} sampling_params")
+        if len(samplings) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(samplings)} sampling_params")
         requests = [
             Request(
                 request_id=f"llm-{next(self._ids)}",
@@ -226,7 +232,7 @@ class LLM:
                 sampling=sampling,
                 cut_points=cuts,
             )
-            for (token_ids, cuts), sampling in zip(prompts, sampling_params, strict=True)
+            for (token_ids, cuts), sampling in zip(prompts, samplings, strict=True)
         ]
         for request in requests:
             self.core.check(request)
@@ -416,10 +422,10 @@ def _load_tokenizer(path: Path) -> Tokenizer | None:
     return Tokenizer.from_pretrained(path)
 
 
-def _as_list(prompts: str | Sequence[Any]) -> list[Any]:
-    """One prompt, as text or as token ids, is a list of one."""
+def _as_list(prompts: str | Iterable[Any]) -> list[Any]:
+    """One prompt, as text or as token ids, is a list of one; so is what is no list, to be refused as a whole."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):
         return [prompts]
     prompts = list(prompts)
     return [prompts] if prompts and isinstance(prompts[0], (Real, type(None))) else prompts

@@ -345,3 +345,17 @@ def test_ids_without_a_token_are_never_chosen(new_core: NewCore) -> None:
         *(request(f"r{t}", [9] * 5, max_tokens=30, temperature=float(t)) for t in range(3)),
     )
     assert max(i for entry in done.values() for i in entry.token_ids) < 20
+
+
+def test_a_core_made_in_inference_mode_can_be_used_outside_of_it(new_core: NewCore) -> None:
+    """An abort keeps what was computed, and clears what modules that do not read along have not written."""
+    with torch.inference_mode():
+        core = new_core()
+    core.add(request("a", list(range(3, 60)), draft_depth=0, max_tokens=100))
+    for _ in range(30):
+        core.step()
+    core.abort("a")
+    core.check_integrity()
+    done = drive(core, request("b", list(range(3, 70)), draft_depth=3, max_tokens=20))["b"]
+    assert done.stats.num_cached_tokens >= 48
+    assert torch.is_grad_enabled()

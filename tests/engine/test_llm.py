@@ -213,6 +213,50 @@ def test_wrong_input_is_refused_before_anything_runs(llm: LLM) -> None:
     assert not llm.core.has_work
 
 
+def test_whatever_yields_prompts_is_a_list_of_them(llm: LLM) -> None:
+    sampling = SamplingParams(max_tokens=3, temperature=0.0)
+    expected = [output.token_ids for output in llm.generate([[5, 6], [7, 8, 9]], sampling)]
+    prompts: list[Any] = [
+        (p for p in ([5, 6], [7, 8, 9])),
+        [np.array([5, 6]), range(7, 10)],
+        iter([(5, 6), [7, 8, 9]]),
+    ]
+    for some in prompts:
+        found = llm.generate(some, (sampling for _ in range(2)))
+        assert [output.token_ids for output in found] == expected
+    assert llm.generate((i for i in (5, 6)), sampling)[0].token_ids == expected[0]
+    assert llm.generate([]) == llm.generate(np.array([], dtype=int), []) == []  # type: ignore[arg-type]
+    message = {"role": "user", "content": "Hi"}
+    one = llm.chat([message], sampling_params=sampling)[0]
+    for messages in (iter([message]), iter([[message]]), ([message],), [(message,)]):
+        (answer,) = llm.chat(messages, sampling_params=iter([sampling]))  # type: ignore[arg-type]
+        assert answer.token_ids == one.token_ids
+
+
+def test_what_is_no_list_of_prompts_is_refused(llm: LLM) -> None:
+    wrong: list[Any] = [
+        {"prompt": "a"},
+        [{"prompt_token_ids": [5]}],
+        {5, 6},
+        b"a",
+        5,
+        None,
+        [None],
+        [5, "a"],
+        ["a", 5],
+    ]
+    for prompts in wrong:
+        with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+            llm.generate(prompts)
+    for sampling in (5, {"max_tokens": 5}, [None]):
+        with pytest.raises(RequestError, match="sampling_params must be SamplingParams"):
+            llm.generate(["a"], sampling)  # type: ignore[arg-type]
+    for messages in ({"role": "user", "content": "Hi"}, "Hi", 5):
+        with pytest.raises(RequestError, match="messages must be a list of messages"):
+            llm.chat(messages)  # type: ignore[arg-type]
+    assert not llm.core.has_work
+
+
 WRONG: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"max_tokens": 2.5}, {"max_tokens": "3"}, {"max_tokens": True}, {"temperature": math.nan},
     {"temperature": math.inf}, {"temperature": "1"}, {"temperature": None}, {"top_k": -1}, {"top_k": 2.5},
