@@ -93,6 +93,10 @@ class Scheduler:
                 plan = _running(plan)
             else:
                 break
+        # Only when everybody has what this step needs.
+        for item in plan if not self.waiting else ():
+            num_slots = item.seq.num_computed + 1 + len(item.drafts) + LOOKAHEAD_SLOTS
+            self._cache.stretch(_blocks(item.seq), num_slots + AHEAD_SLOTS, len(self.running))
         return plan + self._share(self._max_tokens - _cost(plan))
 
     def _share(self, budget: int) -> list[Scheduled]:
@@ -159,8 +163,6 @@ class Scheduler:
             try:
                 self._cache.grow(_blocks(seq), FULL, num_slots)
                 self._cache.grow(_blocks(seq), SLIDING, num_slots)
-                if not self.waiting:
-                    self._cache.stretch(_blocks(seq), num_slots + AHEAD_SLOTS, len(self.running))
                 return True
             except OutOfBlocks:
                 victim = self.running[-1]

@@ -18,7 +18,7 @@ from stepflash.engine.kv_cache import FULL, LOOKAHEAD_SLOTS, SLIDING, CacheLimit
 from stepflash.engine.prefix import PrefixCache
 from stepflash.engine.request import RequestStats
 from stepflash.engine.sampler import Sampler
-from stepflash.engine.scheduler import Scheduled, Scheduler
+from stepflash.engine.scheduler import AHEAD_SLOTS, Scheduled, Scheduler
 from stepflash.engine.sequence import Sequence
 from stepflash.errors import ConfigError
 from stepflash.model.config import ModelConfig
@@ -63,7 +63,7 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
             max_batched_tokens=self.budget,
-            max_deferred_tokens=4,
+            max_deferred_tokens=16,
             num_modules=3,
             dtype=torch.int8,
         )
@@ -293,3 +293,23 @@ def test_who_gives_way_is_the_last_in_order(caching: bool) -> None:
     # The first in order is never the one that gives way: it always gets on.
     assert all(seq.arrival != 1 for seq in preempted)
     assert simulation.finished[0].arrival == 1
+
+
+def test_slots_for_further_steps_cost_nobody_the_slots_of_this_one() -> None:
+    """The first in order could have spare blocks; the second, with many certain tokens, needs the same ones."""
+    simulation = Simulation(6, spare_blocks=200, caching=False, max_num_seqs=2, budget=64)
+    for _ in range(2):
+        simulation.add(Arrival(prompt=20, answer=60, priority=0, at=0, drafts=0))
+    simulation.step()
+    first, second = simulation.scheduler.running
+    second.drafts = [3] * 32
+    pool = simulation.cache.pools[FULL]
+    assert second.blocks is not None
+    missing = -(-(second.num_computed + 1 + 32 + LOOKAHEAD_SLOTS) // 4) - len(second.blocks.full)
+    taken = pool.allocate(pool.num_free - missing - 1)
+    assert [len(item.drafts) for item in simulation.scheduler.schedule(0.0)] == [0, 32]
+    assert simulation.scheduler.num_preemptions == 0
+    pool.release(taken)
+    # With memory for both the first has more than it needs.
+    simulation.scheduler.schedule(0.0)
+    assert simulation.cache.num_slots(first.blocks) >= first.num_computed + 1 + LOOKAHEAD_SLOTS + AHEAD_SLOTS  # type: ignore[arg-type]
