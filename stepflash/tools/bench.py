@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from stepflash.errors import ConfigError
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 DECODE_CONTEXTS = (16, 2048)
 DEPTHS: tuple[int | None, ...] = (0, 3, None)
+_ENGINE = ("format", "device", "threads", "kv_dtype", "runs")
+# What each subject can be told, and what holds where nothing is said.
+OPTIONS = {
+    "decode": (*_ENGINE, "context", "streams", "tokens"),
+    "prefill": (*_ENGINE, "context", "streams"),
+    "mtp": (*_ENGINE, "tokens", "prompt"),
+    "serve": ("base_url", "api_key", "rate", "requests", "input_words", "tokens"),
+}
+DEFAULTS: dict[str, Any] = {
+    "device": "cpu", "streams": 1, "tokens": 128, "runs": 5,
+    "base_url": "http://127.0.0.1:8000/v1", "rate": 2.0, "requests": 32, "input_words": 128,
+}  # fmt: skip
 # What `mtp` asks a model with a chat template; random ids have no structure that a draft could catch. The first
 # held-out prompt of every second or third task of nano: a small model has drafts only for what it knows.
 PROMPTS = (
@@ -52,41 +65,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--format", metavar="F", help="pack the weights: bf16, fp8, int8, int4, int4_g128, ..."
     )
-    engine.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (the default), cuda or cuda:N")
+    engine.add_argument("--device", metavar="DEVICE", help="cpu (the default), cuda or cuda:N")
     engine.add_argument("--threads", type=int, metavar="N", help="(torch's own choice)")
     engine.add_argument(
         "--context", type=_numbers, metavar="N[,N...]", help="prompt tokens (16,2048; for prefill 2048)"
     )
     engine.add_argument("--kv-dtype", metavar="TYPE", help=f"of keys and values: {', '.join(KV_DTYPES)}")
-    engine.add_argument("--streams", type=int, default=1, metavar="N", help="requests at once (%(default)s)")
-    engine.add_argument("--tokens", type=int, default=128, metavar="N", help="to generate (%(default)s)")
-    engine.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (%(default)s)")
+    engine.add_argument("--streams", type=int, metavar="N", help=f"requests at once ({DEFAULTS['streams']})")
+    engine.add_argument(
+        "--tokens", type=int, metavar="N", help=f"to generate, for serve, too ({DEFAULTS['tokens']})"
+    )
+    engine.add_argument("--runs", type=int, metavar="N", help=f"counted runs ({DEFAULTS['runs']})")
     engine.add_argument(
         "--prompt", action="append", metavar="TEXT", help="for mtp, instead of the built-in ones"
     )
     server = parser.add_argument_group("serve: load on a server with the OpenAI API")
-    server.add_argument("--base-url", default="http://127.0.0.1:8000/v1", metavar="URL", help="(%(default)s)")
+    server.add_argument("--base-url", metavar="URL", help=f"({DEFAULTS['base_url']})")
     server.add_argument("--api-key", metavar="KEY")
-    server.add_argument(
-        "--rate", type=float, default=2.0, metavar="R", help="requests a second (%(default)g)"
-    )
-    server.add_argument("--requests", type=int, default=32, metavar="N", help="(%(default)s)")
-    server.add_argument("--input-words", type=int, default=128, metavar="N", help="(%(default)s)")
+    server.add_argument("--rate", type=float, metavar="R", help=f"requests a second ({DEFAULTS['rate']:g})")
+    server.add_argument("--requests", type=int, metavar="N", help=f"({DEFAULTS['requests']})")
+    server.add_argument("--input-words", type=int, metavar="N", help=f"({DEFAULTS['input_words']})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 if every request to a server failed."""
-    for name in ("streams", "tokens", "runs"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    subject = options.subject
+    for name in sorted(set(chain.from_iterable(OPTIONS.values()))):
+        if getattr(options, name) is None:
+            setattr(options, name, DEFAULTS.get(name))
+        elif name not in OPTIONS[subject]:
+            raise ConfigError(f"--{name.replace('_', '-')} says nothing about {subject}")
+    # The first token belongs to the prompt; the time of decoding is that of those behind it.
+    for name, least in (("streams", 1), ("tokens", 2 if subject in ("decode", "mtp") else 1), ("runs", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if options.context is None:
-        options.context = DECODE_CONTEXTS if options.subject == "decode" else DECODE_CONTEXTS[-1:]
+        options.context = DECODE_CONTEXTS if subject == "decode" else DECODE_CONTEXTS[-1:]
     if min(options.context) < 1:
         raise ConfigError(f"--context must be at least 1, got {min(options.context)}")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {options.threads}")
-    report = _serve(options) if options.subject == "serve" else _engine(options)
+    report = _serve(options) if subject == "serve" else _engine(options)
     if options.json:
         print(json.dumps(report))
     else:
@@ -222,6 +242,8 @@ def _mtp(llm: LLM, options: argparse.Namespace, bandwidth: float) -> dict[str, A
         prompts = [
             tokenizer.encode(template.render([{"role": "user", "content": text}]).text) for text in texts
         ]
+    elif options.prompt:
+        raise ConfigError("--prompt needs a model with a tokenizer and a chat template")
     else:
         prompts = random_prompts(llm.core.sampler.vocab_limit, DECODE_CONTEXTS[0], len(PROMPTS))
     found, is_identical = speculation_rates(llm, prompts, DEPTHS, options.tokens, options.runs)

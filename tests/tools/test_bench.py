@@ -205,6 +205,11 @@ def test_memory_that_is_not_to_count_is_forgotten() -> None:
     ("arguments", "message"),
     [
         (("decode", "--runs", "0"), "--runs must be at least 1"),
+        (("decode", "--tokens", "1"), "--tokens must be at least 2"),
+        (("mtp", "--tokens", "1"), "--tokens must be at least 2"),
+        (("decode", "--base-url", "http://127.0.0.1:9/v1"), "--base-url says nothing about decode"),
+        (("mtp", "--context", "16"), "--context says nothing about mtp"),
+        (("serve", "--kv-dtype", "int8"), "--kv-dtype says nothing about serve"),
         (("decode", "--context", "0"), "--context must be at least 1"),
         (("decode", "--context", "1k"), "'1k' is not a number, or several like 1024,32768"),
         (("decode", str(MICRO), "--kv-dtype", "fp8"), "kv_dtype is 'fp8'"),
