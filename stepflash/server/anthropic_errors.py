@@ -1,4 +1,4 @@
-"""Errors as the Anthropic API shows them: a status and `{"type": "error", "error": {...}}`."""
+"""Errors as the Anthropic API shows them: a status and `{"type": "error", "error": {...}, "request_id": ...}`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TYPES = {
 OVERLOADED = 529
 
 
-def error_json(status: int, message: str) -> dict[str, Any]:
+def error_json(status: int, message: str, request_id: str) -> dict[str, Any]:
     kind = TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-def describe(error: StepflashError) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+def describe(error: StepflashError, request_id: str) -> tuple[int, dict[str, Any], Mapping[str, str]]:
     """Status, body and extra headers of an error of ours.
 
     A prompt that does not fit keeps its own words, `prompt is too long: A tokens > B maximum`: clients read both
@@ -44,4 +44,4 @@ def describe(error: StepflashError) -> tuple[int, dict[str, Any], Mapping[str, s
             status = 503
         case _:
             status = 500
-    return status, error_json(status, str(error)), headers
+    return status, error_json(status, str(error), request_id), headers

@@ -16,6 +16,7 @@ from stepflash.server.anthropic_decode import CountTokensBody, MessagesBody, dec
 from stepflash.server.anthropic_encode import PING, MessageEncoder, MessageHead, fold_message
 from stepflash.server.anthropic_errors import describe
 from stepflash.server.direct_route import add_direct_route
+from stepflash.server.request_records import current_record
 from stepflash.server.service import Service
 from stepflash.server.sse import KeepAlive, frame
 
@@ -91,4 +92,4 @@ async def _whole(batches: AsyncGenerator[list[dict[str, Any]]]) -> dict[str, Any
 
 
 def _error_frame(error: StepflashError) -> bytes:
-    return frame(describe(error)[1], "error")
+    return frame(describe(error, current_record().request_id)[1], "error")

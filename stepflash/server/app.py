@@ -101,6 +101,7 @@ class _Operations:
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/metrics", self.metrics_text, methods=["GET"], response_model=None)
         app.add_api_route("/", self.page, methods=["GET", "HEAD"], include_in_schema=False)
         app.add_api_route("/page/{name}", self.page, methods=["GET"], include_in_schema=False)
@@ -125,7 +126,7 @@ class _Operations:
 
     async def on_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, StepflashError)
-        response = error_response(request.url.path, error)
+        response = error_response(request.url.path, error, current_record().request_id)
         if isinstance(error, EngineError):
             log.error("%s %s: %s", request.method, request.url.path, error)
         return response
@@ -135,7 +136,8 @@ class _Operations:
         path = request.url.path
         messages = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
         message = messages.get(error.status_code, str(error.detail))
-        return message_response(path, error.status_code, message, headers=error.headers)
+        request_id = current_record().request_id
+        return message_response(path, error.status_code, message, request_id, headers=error.headers)
 
     async def on_client_gone(self, request: Request, error: Exception) -> Response:
         current_record().outcome = CLIENT_GONE

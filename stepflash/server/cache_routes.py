@@ -33,10 +33,13 @@ class CacheRoutes:
     async def of_latest(self, request: Request) -> Response:
         """The latest requests of whoever asks, newest first; with `?request_id=` that one, with `?limit=` so many."""
         request_id, limit = request.query_params.get("request_id"), _limit(request)
-        reports = list(self.service.cache_ledger.latest(current_record().client, request_id))
+        record = current_record()
+        reports = list(self.service.cache_ledger.latest(record.client, request_id))
         if request_id is not None and not reports:
             message = f"no request {request_id[:80]!r} of yours is remembered"
-            return message_response(request.url.path, 404, message, code="request_not_found")
+            return message_response(
+                request.url.path, 404, message, record.request_id, code="request_not_found"
+            )
         return JSONResponse({"requests": [self._explained(report) for report in reports[:limit]]})
 
     async def of_prompt(self, request: Request) -> Response:

@@ -17,20 +17,28 @@ def is_anthropic(path: str) -> bool:
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
-def error_response(path: str, error: StepflashError) -> JSONResponse:
+def error_response(path: str, error: StepflashError, request_id: str) -> JSONResponse:
     """The answer to a request that ended with an error of ours."""
-    describe = anthropic_errors.describe if is_anthropic(path) else openai_errors.describe
-    status, body, headers = describe(error)
+    if is_anthropic(path):
+        status, body, headers = anthropic_errors.describe(error, request_id)
+    else:
+        status, body, headers = openai_errors.describe(error)
     return JSONResponse(body, status, headers=dict(headers))
 
 
 def message_response(
-    path: str, status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+    path: str,
+    status: int,
+    message: str,
+    request_id: str,
+    *,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """The answer with a status of HTTP's own; `code` is shown where the API has a place for it."""
     body: dict[str, Any]
     if is_anthropic(path):
-        body = anthropic_errors.error_json(status, message)
+        body = anthropic_errors.error_json(status, message, request_id)
     else:
         kind = "server_error" if status >= 500 else _OPENAI_TYPES.get(status, "invalid_request_error")
         body = openai_errors.error_json(message, type=kind, code=code)

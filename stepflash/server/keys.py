@@ -67,6 +67,7 @@ class KeyGuard:
             path,
             401,
             "a valid API key is needed: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+            current_record().request_id,
             code="invalid_api_key",
             headers={"www-authenticate": f'{"Basic" if is_page else "Bearer"} realm="stepflash"'},
         )

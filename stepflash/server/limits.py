@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepflash.errors import QueueFull
+from stepflash.errors import QueueFull, RequestError
 from stepflash.server.errors_by_path import message_response
 from stepflash.server.request_records import RequestRecord, current_record
 from stepflash.settings import ServerSettings
@@ -49,7 +49,8 @@ class _Client:
 
 
 class ClientLimits:
-    """ASGI middleware that answers 429 to a client that asks for too much; it looks at POST only."""
+    """ASGI middleware that answers 429 to a client that asks for too much; it looks at POST only, and not at
+    those that end a response: whoever has all that it may have must be able to give it up."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
@@ -59,7 +60,8 @@ class ClientLimits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._settings
         limits = (settings.requests_per_minute, settings.tokens_per_minute, settings.max_requests_per_client)
-        if scope["type"] != "http" or scope["method"] != "POST" or not any(limits):
+        asks = scope["type"] == "http" and scope["method"] == "POST" and not scope["path"].endswith("/cancel")
+        if not asks or not any(limits):
             await self.app(scope, receive, send)
             return
         record = current_record()
@@ -69,7 +71,12 @@ class ClientLimits:
             reason, wait_seconds = refusal
             headers = {"retry-after": str(max(1, math.ceil(wait_seconds)))}
             response = message_response(
-                scope["path"], 429, reason, code="rate_limit_exceeded", headers=headers
+                scope["path"],
+                429,
+                reason,
+                record.request_id,
+                code="rate_limit_exceeded",
+                headers=headers,
             )
             await response(scope, receive, send)
             return
@@ -118,7 +125,12 @@ class OpenAnswers:
 
         Raises:
             QueueFull: there are not so many.
+            RequestError: there never will be.
         """
+        if count > self._max_answers:
+            raise RequestError(
+                f"n: {count} answers at once, this server takes {self._max_answers}", param="n"
+            )
         if self._num_open + count > self._max_answers:
             raise QueueFull(
                 f"{self._num_open} answers are running and waiting, {self._max_answers} may; try again later",

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stepflash.server.errors_by_path import message_response
+from stepflash.server.request_records import current_record
 
 EXPOSED_HEADERS = (
     "request-id",
@@ -51,7 +52,10 @@ class OriginGuard:
         else:
             path = scope["path"]
             text = f"pages of {origin!r} may not use this server; --cors-origin {origin} would let them"
-            await message_response(path, 403, text, code="origin_not_allowed")(scope, receive, send)
+            request_id = current_record().request_id
+            await message_response(path, 403, text, request_id, code="origin_not_allowed")(
+                scope, receive, send
+            )
 
 
 def _host(origin: str) -> str:

@@ -115,7 +115,9 @@ class RequestRecords:
             log.exception("%s %s failed", record.method, record.path)
             record.outcome = 500
             if not is_started:
-                await message_response(record.path, 500, "internal error")(scope, receive, send_with_id)
+                await message_response(record.path, 500, "internal error", record.request_id)(
+                    scope, receive, send_with_id
+                )
         finally:
             record.status = record.outcome or record.status or CLIENT_GONE
             record.seconds = time.monotonic() - record.started_at

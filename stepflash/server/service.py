@@ -103,9 +103,12 @@ class Service:
 
         Raises:
             RequestError: it is none of this type.
-            HTTPException: 413, it is longer than the settings allow; 408, it does not come.
+            HTTPException: 413, it is longer than the settings allow; 408, it does not come; 415, it is compressed.
             ClientGone: the client left in the middle of it.
         """
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise HTTPException(415, f"content-encoding {encoding[:40]}: send the body as it is")
         limit = self.settings.max_body_bytes
         raw = bytearray()
         too_large = HTTPException(413, f"the body is larger than {limit} bytes")

@@ -569,6 +569,7 @@ def test_an_engine_error_before_and_in_a_stream() -> None:
         {"type": "api_error", "message": "NaN logits"},
     )
     events = named_events(post(session, stream=True))
+    assert events[-1].pop("request_id").startswith("req_")
     assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "NaN logits"}}
 
 
@@ -581,7 +582,7 @@ def test_keys_routes_and_sizes_have_errors_of_this_api() -> None:
         (client.post("/v1/messages", headers={"x-api-key": "k"}, content=b" " * 101), "request_too_large"),
     ):
         assert (response.json()["type"], response.json()["error"]["type"]) == ("error", kind)
-        assert response.headers["request-id"]
+        assert response.json()["request_id"] == response.headers["request-id"]
 
 
 def test_count_tokens_is_the_prompt_and_does_not_wait_for_answers() -> None:

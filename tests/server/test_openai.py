@@ -580,6 +580,8 @@ def test_models() -> None:
 def test_health_generates_a_token() -> None:
     session = scripted_session("x")
     assert client_of(session).get("/health").json()["status"] == "ok"
+    head = asyncio.run(client_of(session)._request("HEAD", "/health"))  # as load balancers ask
+    assert head.status_code == 200
     assert [request.sampling.max_tokens for request in engine_of(session).requests] == [1]
     client = client_of(session)
     client.post("/v1/chat/completions", json={"messages": HELLO})

@@ -381,7 +381,9 @@ def test_the_store_keeps_the_most_recently_used() -> None:
 
 def test_a_running_response_can_be_cancelled() -> None:
     session = scripted_session("word " * 1000, pause=0.01)
-    app = create_app(session, "scripted", settings=ServerSettings(api_keys=("one", "two")))
+    app = create_app(
+        session, "scripted", settings=ServerSettings(api_keys=("one", "two"), max_requests_per_client=1)
+    )
 
     async def run() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         transport, mine = httpx.ASGITransport(app), {"x-api-key": "one"}
