@@ -104,10 +104,13 @@ class ResponsesRoutes:
         return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
 
     async def cancel(self, response_id: str) -> Response:
-        """Ends a running response; its stream ends with what there is."""
+        """Ends a running response; its stream ends with what there is. To do it again is no mistake."""
         running = self._running_one(response_id)
         if running is None:
-            status = self._stored(response_id).response["status"]
+            response = self._stored(response_id).response
+            status = response["status"]
+            if status == "cancelled":
+                return JSONResponse(response)
             raise RequestError(f"the response cannot be cancelled: it is {status}", param="response_id")
         self.session.engine.abort(running.engine_request_id)
         return JSONResponse(running.encoder.response("cancelled"))

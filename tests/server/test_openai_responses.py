@@ -400,7 +400,10 @@ def test_a_running_response_can_be_cancelled() -> None:
             cancel = await client.post(f"/v1/responses/{response_id}/cancel", headers=theirs)
             assert cancel.status_code == 404
             cancelled = await client.post(f"/v1/responses/{response_id}/cancel")
-            return seen.json(), cancelled.json(), named_events(await streaming)[-1]
+            last = named_events(await streaming)[-1]
+            again = await client.post(f"/v1/responses/{response_id}/cancel")
+            assert (again.status_code, again.json()) == (200, last["response"])
+            return seen.json(), cancelled.json(), last
 
     seen, cancelled, last = asyncio.run(asyncio.wait_for(run(), 30))
     assert (seen["status"], cancelled["status"], last["response"]["status"]) == (
