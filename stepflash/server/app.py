@@ -80,7 +80,7 @@ def create_app(
     describe_bodies(app)
     app.add_middleware(ClientLimits, settings=settings)
     app.add_middleware(KeyGuard, keys=settings.api_keys)
-    app.add_middleware(OriginGuard, origins=settings.cors_origins)
+    app.add_middleware(OriginGuard, origins=settings.cors_origins, has_keys=bool(settings.api_keys))
     closed = (
         service.open_answers.give_back,
         service.close_reports,

@@ -109,6 +109,33 @@ def test_pages_of_others_are_kept_out() -> None:
     assert "access-control-allow-origin" not in response.headers
 
 
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        ("localhost:8000", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("192.168.1.7", True),
+        ("workstation:8000", True),
+        ("workstation.local:8000", True),
+        ("rebound.example:8000", False),
+        ("127.0.0.1.rebound.example", False),
+        ("localhost.rebound.example:8000", False),
+    ],
+)
+def test_a_name_that_anybody_could_let_point_here_is_foreign_without_keys(host: str, is_own: bool) -> None:
+    headers = {"origin": f"http://{host}", "host": host}
+
+    def status(**settings: Any) -> int:
+        key = {"x-api-key": "key"} if "api_keys" in settings else {}
+        client = client_of(scripted_session("x" + END), **settings)
+        return client.post(CHAT, json=CHAT_BODY, headers=headers | key).status_code
+
+    assert status() == (200 if is_own else 403)
+    assert status(cors_origins=(f"http://{host}",)) == 200
+    assert status(api_keys=("key",)) == 200
+
+
 def test_pages_that_are_named_are_let_in() -> None:
     client = client_of(scripted_session("x" + END), cors_origins=("https://chat.example",), api_keys=("key",))
     origin = {"origin": "https://chat.example"}
