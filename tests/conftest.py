@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,10 +20,14 @@ settings.register_profile(
 settings.load_profile("stepflash")
 
 
+# Small shapes: a second thread costs more than it brings. A test that wants more says so; were they left to those
+# behind it, each of the processes that share this machine would have some that wait for work in a loop.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def same_start() -> None:
+def same_start() -> Iterator[None]:
     random.seed(0)
-    # A test that wants more threads says so. Were they left to those behind it, each of the processes that share this
-    # machine would have some that wait for work in a loop.
-    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)

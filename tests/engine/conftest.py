@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from stepflash.engine.batch import Span
 from stepflash.engine.core import EngineConfig, EngineCore
@@ -45,7 +44,6 @@ Driver = Callable[..., dict[str, Finished]]
 
 @pytest.fixture(scope="session")
 def model() -> Step3p5ForCausalLM:
-    torch.set_num_threads(1)
     return load_model(MICRO, dtype="float32", progress=False)
 
 

@@ -35,7 +35,6 @@ EOS = (1, 2)
 
 @pytest.fixture(scope="module")
 def packed() -> Step3p5ForCausalLM:
-    torch.set_num_threads(1)
     model = quantize_model(load_model(MICRO, progress=False), "bf16")
     with torch.no_grad():
         model.model.embed_tokens.weight[POISON] = float("nan")

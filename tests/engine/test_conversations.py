@@ -28,7 +28,6 @@ THOUGHT = 8
 
 @pytest.fixture(scope="module")
 def nano() -> Step3p5ForCausalLM:
-    torch.set_num_threads(1)
     return load_model("nano", dtype="bfloat16", progress=False)
 
 

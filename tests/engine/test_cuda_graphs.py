@@ -106,7 +106,6 @@ def graph_network(core: EngineCore) -> GraphNetwork:
 @pytest.fixture(autouse=True)
 def opaque_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference asks for lengths as numbers, which no kernel does; a tape must not see into it."""
-    torch.set_num_threads(1)
     monkeypatch.setattr(
         ops, "cached_attention", lambda *args: torch.ops.stepflash_tests.cached_attention(*args)
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +32,6 @@ SIZES: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 128, "max_
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    torch.set_num_threads(1)
     return LLM("nano", dtype="bfloat16" if build.load() else "float32", prefix_caching=False, **SIZES)
 
 

@@ -32,7 +32,6 @@ SHORT = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512, 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    torch.set_num_threads(1)
     return LLM(MICRO, dtype="float32", seed=0, **SHORT)
 
 

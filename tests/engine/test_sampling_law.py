@@ -145,7 +145,6 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def nano() -> Step3p5ForCausalLM:
-    torch.set_num_threads(1)
     return load_model("nano", dtype="float32", progress=False)
 
 

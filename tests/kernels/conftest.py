@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +17,6 @@ def native() -> bool:
     if build.find_compiler() is None or not build.machine_isas():
         pytest.skip("no compiler or no supported processor: the references are all there is")
     return build.load()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small shapes: a second thread costs more than it brings. Tests of threading ask for two themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def opcheck(op: Any, args: tuple[Any, ...]) -> None:

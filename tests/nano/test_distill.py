@@ -42,7 +42,6 @@ def test_only_the_modules_learn_and_a_run_goes_on_where_it_stopped(tmp_path: Pat
     for run in (whole, halves):
         run.mkdir()
     plan = Distillation(tokens=12_000)  # two packs
-    torch.set_num_threads(1)
     distill(NANO_FOLDER, whole, plan)
     distill(NANO_FOLDER, halves, plan, stop_after=0.0)
     assert not (halves / "log.jsonl").read_text()

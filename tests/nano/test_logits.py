@@ -44,7 +44,6 @@ def decoded(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def nano() -> Step3p5ForCausalLM:
-    torch.set_num_threads(1)
     return load_model("nano", dtype="float32", progress=False)
 
 

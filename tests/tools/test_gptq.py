@@ -22,11 +22,6 @@ from stepflash.weights.checkpoint import open_checkpoint, select_mtp
 MICRO = Path(__file__).parents[1] / "fixtures" / "micro"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def correlated(tokens: int, k: int, seed: int = 0) -> torch.Tensor:
     """Inputs whose columns share a few causes, as activations do."""
     generator = torch.Generator().manual_seed(seed)

@@ -36,8 +36,7 @@ IDS = torch.arange(3, 60) * 7 % 512
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STEPFLASH_DEBUG", raising=False)
     monkeypatch.delenv("STEPFLASH_ALLOW_KNOWN_BAD", raising=False)
     monkeypatch.setenv("STEPFLASH_TRUSTED_SIGNERS", "/nonexistent")

@@ -43,11 +43,6 @@ def rounded_twin(name: str) -> Step3p5ForCausalLM:
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(("name", "bound"), [("bf16", 3e-3), ("fp8", 3e-3), ("int8", 0.06), ("int4", 0.06)])
 def test_predictions_are_those_of_the_rounded_weights(name: str, bound: float) -> None:
     twin = rounded_twin(name)

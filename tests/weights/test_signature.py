@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from stepflash.cli import main
@@ -43,7 +42,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STEPFLASH_TRUSTED_SIGNERS", str(tmp_path / "trusted"))
     monkeypatch.delenv("STEPFLASH_ALLOW_KNOWN_BAD", raising=False)
-    torch.set_num_threads(1)
     return Path(shutil.copytree(made / "out", tmp_path / "copy"))
 
 
