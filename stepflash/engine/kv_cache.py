@@ -185,36 +185,37 @@ class KVCache:
         Raises:
             OutOfBlocks: even after eviction; the sequence keeps what it had.
         """
-        if not self.group_layers[group] and group == SLIDING:
+        missing = self._missing(blocks, group, num_slots)
+        if not missing:
             return
-        held, first = (blocks.full, 0) if group == FULL else (blocks.sliding, blocks.sliding_first)
-        start, wanted = first + len(held), -(-num_slots // self.block_size)
-        missing = wanted - start
-        if missing <= 0:
-            return
-        pool = self.pools[group]
+        held, first = _held(blocks, group)
+        start, pool = first + len(held), self.pools[group]
         # What cannot succeed must not cost the prefix cache anything.
         if pool.num_free < missing <= pool.num_free + pool.num_cached:
             self.evict(group, missing)
         new = pool.allocate(missing)
         held.extend(new)
-        self.tables[group][blocks.row, start:wanted] = new
+        self.tables[group][blocks.row, start : start + missing] = new
 
     def stretch(self, blocks: SequenceBlocks, num_slots: int, num_spare: int) -> None:
         """As `grow` in both groups, if nobody will miss the blocks: of the full ones `num_spare` stay free, and of
         the sliding ones a sequence holds no more than the plan has for it."""
-        wanted = min(-(-num_slots // self.block_size), self.tables[FULL].shape[1])
-        full = wanted - len(blocks.full)
-        sliding = wanted - blocks.sliding_first - len(blocks.sliding) if self.group_layers[SLIDING] else 0
-        if full <= 0 and sliding <= 0:
-            return
-        fits_full = full <= 0 or self.pools[FULL].num_free >= full + num_spare
-        fits_sliding = sliding <= 0 or (
+        num_slots = min(num_slots, self.tables[FULL].shape[1] * self.block_size)
+        full, sliding = (self._missing(blocks, group, num_slots) for group in (FULL, SLIDING))
+        fits_full = not full or self.pools[FULL].num_free >= full + num_spare
+        fits_sliding = not sliding or (
             len(blocks.sliding) + sliding <= self._most_sliding and self.pools[SLIDING].num_free >= sliding
         )
         if fits_full and fits_sliding:
-            self.grow(blocks, FULL, wanted * self.block_size)
-            self.grow(blocks, SLIDING, wanted * self.block_size)
+            self.grow(blocks, FULL, num_slots)
+            self.grow(blocks, SLIDING, num_slots)
+
+    def _missing(self, blocks: SequenceBlocks, group: int, num_slots: int) -> int:
+        """How many blocks of a group slots up to num_slots - 1 lack."""
+        if group == SLIDING and not self.group_layers[SLIDING]:
+            return 0
+        held, first = _held(blocks, group)
+        return max(0, -(-num_slots // self.block_size) - first - len(held))
 
     def num_slots(self, blocks: SequenceBlocks) -> int:
         """Slots that exist for a sequence."""
@@ -263,6 +264,11 @@ class KVCache:
             first - blocks.sliding_first : boundary // self.block_size - blocks.sliding_first
         ]
         return first, ids
+
+
+def _held(blocks: SequenceBlocks, group: int) -> tuple[list[int], int]:
+    """The blocks of a group that a sequence holds, and the number of the first."""
+    return (blocks.full, 0) if group == FULL else (blocks.sliding, blocks.sliding_first)
 
 
 def _windows(config: ModelConfig, num_modules: int) -> list[tuple[int, int]]:
